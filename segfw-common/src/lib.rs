@@ -1,0 +1,83 @@
+//! The kernel ABI of segfw on one page, and the one decision function.
+//!
+//! Everything here is plain data with a fixed layout, or a pure function over it. It is compiled twice: into the
+//! eBPF programs (`segfw-ebpf`) and into user space (`segfw`). It must not know where it runs: no allocation, no
+//! floating point, no panicking path, no syscall, no kernel helper.
+//!
+//! Byte order: addresses are kept as they are on the wire (big-endian bytes); ports and every other number are in
+//! host order. Times are nanoseconds of `CLOCK_BOOTTIME`, so a step of the wall clock never moves a deadline.
+#![cfg_attr(not(test), no_std)]
+
+pub mod addr;
+pub mod decide;
+pub mod event;
+pub mod identity;
+pub mod packet;
+pub mod rule;
+pub mod state;
+
+pub use addr::Addr;
+pub use decide::{Decision, Flow, Lookup, Peers, decide, identify};
+pub use event::{EventKind, FlowEvent, Reason, Verdict};
+pub use identity::{Evidence, Identity};
+pub use rule::{Action, Direction, LocalEntry, Proto, RuleEntry, RuleKey};
+pub use state::{AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, FlowKey, FlowValue, OriginKey, Party, SocketState};
+
+/// Number of this layout. It is part of the pin path: an agent never opens maps of another layout.
+/// Raise it with every change to a type in this crate that a map holds.
+pub const ABI_VERSION: u32 = 1;
+
+/// Bounds of the kernel side. Reaching one is counted (see [`event::Counter`]) and has the behaviour named here.
+pub mod bounds {
+    /// Rule entries in one generation. The compiler refuses a revision that needs more.
+    pub const RULES: u32 = 1 << 20;
+    /// Prefixes in one generation. The compiler refuses a revision that needs more.
+    pub const PREFIXES: u32 = 1 << 20;
+    /// Later parts of time-limited rules in one generation. The compiler refuses a revision that needs more.
+    pub const TIMELINE: u32 = 1 << 16;
+    /// Identities that are local to this host and enforced. One entry each.
+    pub const LOCALS: u32 = 1 << 13;
+    /// Cgroups that are registered (workloads, their descendants, managed parents). Full: the workload is not
+    /// enforced under its own name but as its nearest registered ancestor, and the agent reports it.
+    pub const CGROUPS: u32 = 1 << 16;
+    /// Cgroup levels walked to find the nearest registered ancestor.
+    pub const CGROUP_DEPTH: u32 = 16;
+    /// Local TCP connections whose origin is known. LRU: the oldest is forgotten, its SYN is long gone.
+    pub const ORIGINS: u32 = 1 << 16;
+    /// Local sockets that listen or that sent a datagram. Full: counted, the peer counts as unknown.
+    pub const ENDPOINTS: u32 = 1 << 16;
+    /// Addresses of this host and of its network namespaces.
+    pub const ADDRESSES: u32 = 1 << 16;
+    /// Datagram flows. LRU: a reply to a forgotten flow is judged as a new flow, without state.
+    pub const FLOWS: u32 = 1 << 18;
+    /// Bytes of the ring buffer for events. Full: the event is lost and counted, the verdict stands.
+    pub const RING_BYTES: u32 = 16 << 20;
+    /// Parts of a rule's timeline that `decide` walks: eight daily windows ahead. After the last part the
+    /// compiler puts the strict answer.
+    pub const TIMELINE_HOPS: u32 = 16;
+    /// Slots for generations: the active one, the next one, and room for one that is being read.
+    pub const SLOTS: u32 = 4;
+    /// Rules that have counters of their own. Full: counted under rule 0.
+    pub const RULE_COUNTERS: u32 = 1 << 17;
+    /// Different denials that are counted while single events are held back.
+    pub const DENIALS: u32 = 1 << 14;
+    /// A datagram flow that was idle for this long is over (nanoseconds): as conntrack's udp_timeout_stream.
+    pub const FLOW_IDLE_NS: u64 = 180_000_000_000;
+    /// Denial events a CPU may send in a second before it aggregates.
+    pub const DENIAL_EVENTS_PER_S: u64 = 256;
+}
+
+/// Indices into the `CONTROL` array (one `u64` each).
+pub mod control {
+    /// `generation << 32 | slot`: one word, so a reader never sees one without the other. 0 = no policy yet.
+    pub const ACTIVE: u32 = 0;
+    /// Bits of `HOST_*`.
+    pub const FLAGS: u32 = 1;
+    /// Raised with each change of the cgroup registry or of the local addresses; stored verdicts are judged again.
+    pub const REGISTRY: u32 = 2;
+    /// Entries in the array.
+    pub const LEN: u32 = 4;
+
+    /// Host scope monitor mode: judge everything, drop nothing.
+    pub const HOST_MONITOR: u64 = 1;
+}

@@ -1,0 +1,9 @@
+//! From what a person wrote to what the kernel looks up. Pure: no file, no socket, no clock, no kernel.
+//!
+//! `document` (YAML as written, with positions) → `resolve` → [`HostPolicy`] → `compile` → [`Tables`].
+
+pub mod host_policy;
+pub mod tables;
+
+pub use host_policy::HostPolicy;
+pub use tables::Tables;
