@@ -44,7 +44,8 @@ impl Addr {
 
     /// The 16 octets.
     pub const fn octets(&self) -> [u8; 16] {
-        let [a, b, c, d] = [self.0[0].to_ne_bytes(), self.0[1].to_ne_bytes(), self.0[2].to_ne_bytes(), self.0[3].to_ne_bytes()];
+        let [a, b, c, d] =
+            [self.0[0].to_ne_bytes(), self.0[1].to_ne_bytes(), self.0[2].to_ne_bytes(), self.0[3].to_ne_bytes()];
         [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]]
     }
 
@@ -105,11 +106,7 @@ mod user {
     impl From<Addr> for IpAddr {
         fn from(addr: Addr) -> Self {
             let o = addr.octets();
-            if addr.is_v4() {
-                Self::V4(Ipv4Addr::new(o[12], o[13], o[14], o[15]))
-            } else {
-                Self::V6(Ipv6Addr::from(o))
-            }
+            if addr.is_v4() { Self::V4(Ipv4Addr::new(o[12], o[13], o[14], o[15])) } else { Self::V6(Ipv6Addr::from(o)) }
         }
     }
     impl core::fmt::Display for Addr {
@@ -157,7 +154,9 @@ mod tests {
         assert!(!v6(2, 0).is_loopback());
         assert!(!v6(1, 1).is_loopback());
         assert!(v6(0, 0).is_unspecified() && Addr::v4([0; 4]).is_unspecified());
-        assert!(v6(1, 0xff).is_multicast() && Addr::v4([239, 1, 1, 1]).is_multicast() && Addr::v4([255; 4]).is_multicast());
+        assert!(
+            v6(1, 0xff).is_multicast() && Addr::v4([239, 1, 1, 1]).is_multicast() && Addr::v4([255; 4]).is_multicast()
+        );
         assert!(!Addr::v4([223, 1, 1, 1]).is_multicast());
     }
 

@@ -109,7 +109,17 @@ impl Decision {
     /// A verdict that no rule gave.
     #[inline(always)]
     pub const fn plain(verdict: Verdict, reason: Reason) -> Self {
-        Self { verdict, reason, reject: false, quiet: false, rule: 0, pending: 0, pending_rule: 0, until: 0, drain_ns: 0 }
+        Self {
+            verdict,
+            reason,
+            reject: false,
+            quiet: false,
+            rule: 0,
+            pending: 0,
+            pending_rule: 0,
+            until: 0,
+            drain_ns: 0,
+        }
     }
     /// Does the packet go on?
     #[inline(always)]
@@ -125,24 +135,23 @@ impl Decision {
 #[inline(always)]
 pub fn identify<T: Lookup + Peers>(t: &T, flow: &Flow) -> Peer {
     let loopback = flow.remote_addr.is_loopback();
-    let own = if loopback { None } else { t.address(&flow.remote_addr) };
+    // Not an `Option`: the verifier refuses to spill the undefined half of a `None`.
+    let (is_own, own) = match if loopback { None } else { t.address(&flow.remote_addr) } {
+        Some(entry) => (true, entry),
+        None => (false, AddressEntry { netns: 0, as_destination: 0, as_source: 0 }),
+    };
     match flow.direction {
-        Direction::Ingress if matches!(Proto::from_ip(flow.protocol), Proto::Tcp) => {
+        Direction::Ingress if Proto::from_ip(flow.protocol) as u8 == Proto::Tcp as u8 => {
             if let Some(party) = t.origin(&origin_key(flow)) {
-                return Peer { identity: Identity(party.identity), workload: party.workload, evidence: Evidence::Origin };
+                return Peer {
+                    identity: Identity(party.identity),
+                    workload: party.workload,
+                    evidence: Evidence::Origin,
+                };
             }
         }
         Direction::Ingress | Direction::Egress => {
-            let netns = match own {
-                Some(entry) => entry.netns,
-                None => {
-                    if loopback {
-                        flow.netns
-                    } else {
-                        0
-                    }
-                }
-            };
+            let netns = if loopback { flow.netns } else { own.netns };
             if netns != 0
                 && let Some(party) = endpoint(t, netns, &flow.remote_addr, flow.protocol, flow.remote_port)
             {
@@ -162,10 +171,10 @@ pub fn identify<T: Lookup + Peers>(t: &T, flow: &Flow) -> Peer {
         };
         return Peer { identity, workload: 0, evidence: Evidence::Address };
     }
-    if let Some(entry) = own {
+    if is_own {
         let identity = match flow.direction {
-            Direction::Ingress => entry.as_source,
-            Direction::Egress => entry.as_destination,
+            Direction::Ingress => own.as_source,
+            Direction::Egress => own.as_destination,
         };
         return Peer { identity: Identity(identity), workload: 0, evidence: Evidence::Address };
     }
@@ -212,16 +221,14 @@ fn golden(flow: &Flow, peer: &Peer) -> bool {
     if flow.workload != 0 && flow.workload == peer.workload && flow.remote_addr.is_loopback() {
         return true;
     }
-    match Proto::from_ip(flow.protocol) {
-        // DHCP client (RFC 2131, 4.1) and DHCPv6 client (RFC 8415, 7.2).
-        Proto::Udp => {
-            let (client, server) = (flow.local_port, flow.remote_port);
-            if flow.remote_addr.is_v4() { client == 68 && server == 67 } else { client == 546 && server == 547 }
-        }
-        // Neighbour discovery (RFC 4861): types 133 to 137.
-        Proto::Icmpv6 => matches!(flow.service() >> 8, 133..=137),
-        Proto::Tcp | Proto::Icmp | Proto::Sctp | Proto::UdpLite | Proto::Dccp | Proto::Other => false,
+    let proto = Proto::from_ip(flow.protocol) as u8;
+    // DHCP client (RFC 2131, 4.1) and DHCPv6 client (RFC 8415, 7.2).
+    if proto == Proto::Udp as u8 {
+        let (client, server) = (flow.local_port, flow.remote_port);
+        return if flow.remote_addr.is_v4() { client == 68 && server == 67 } else { client == 546 && server == 547 };
     }
+    // Neighbour discovery (RFC 4861): types 133 to 137.
+    proto == Proto::Icmpv6 as u8 && matches!(flow.service() >> 8, 133..=137)
 }
 
 /// What the policy says. Total: every flow gets an answer and a reason.
@@ -243,7 +250,11 @@ pub fn decide<T: Lookup>(t: &T, flow: &Flow, peer: &Peer) -> Decision {
             rule: 0,
             pending_rule: 0,
             next: 0,
-            action: local.default[flow.direction as usize & 1],
+            // Not an index: the verifier takes no computed offset into the stack.
+            action: match flow.direction {
+                Direction::Ingress => local.default[0],
+                Direction::Egress => local.default[1],
+            },
             reason: local.default_reason,
             pending: 0,
             flags: 0,
@@ -312,12 +323,7 @@ fn in_force<T: Lookup>(t: &T, first: RuleEntry) -> RuleEntry {
 fn find<T: Lookup>(t: &T, local: &LocalEntry, flow: &Flow, peer: &Peer) -> Option<RuleEntry> {
     let proto = Proto::from_ip(flow.protocol);
     let has = |remote_any, class_any| local.flags & LocalEntry::level(flow.direction, remote_any, class_any) != 0;
-    let port = match proto {
-        Proto::Other => flow.protocol,
-        Proto::Tcp | Proto::Udp | Proto::Icmp | Proto::Icmpv6 | Proto::Sctp | Proto::UdpLite | Proto::Dccp => {
-            flow.service()
-        }
-    };
+    let port = if proto as u8 == Proto::Other as u8 { flow.protocol } else { flow.service() };
     let class = if has(false, false) || has(true, false) { t.class(proto, port) } else { CLASS_ANY };
     let mut key = RuleKey {
         local: flow.local,
@@ -351,18 +357,14 @@ fn find<T: Lookup>(t: &T, local: &LocalEntry, flow: &Flow, peer: &Peer) -> Optio
     None
 }
 
-/// A table lookup the verifier can follow; an unknown value reads as `rule`.
+/// An unknown value reads as `rule`.
 #[inline(always)]
 fn reason_from_raw(raw: u8) -> Reason {
-    match raw {
-        0 => Reason::NoSegment,
-        2 => Reason::SegmentDefault,
-        3 => Reason::Expired,
-        4 => Reason::OutOfSchedule,
-        5 => Reason::UnresolvedPeer,
-        6 => Reason::UnresolvedLocal,
-        7 => Reason::NotAuthenticated,
-        8 => Reason::ProtocolNotGranted,
-        _ => Reason::Rule,
+    if (raw as usize) < Reason::ALL.len() {
+        // SAFETY: `repr(u8)` with the values 0..15, without a gap (`words_and_numbers_agree` checks it). A `match` would
+        // give the verifier one path per reason.
+        unsafe { core::mem::transmute::<u8, Reason>(raw) }
+    } else {
+        Reason::Rule
     }
 }

@@ -13,6 +13,7 @@ pub mod decide;
 pub mod event;
 pub mod identity;
 pub mod packet;
+pub mod probe;
 pub mod rule;
 pub mod state;
 
@@ -21,7 +22,9 @@ pub use decide::{Decision, Flow, Lookup, Peers, decide, identify};
 pub use event::{EventKind, FlowEvent, Reason, Verdict};
 pub use identity::{Evidence, Identity};
 pub use rule::{Action, Direction, LocalEntry, Proto, RuleEntry, RuleKey};
-pub use state::{AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, FlowKey, FlowValue, OriginKey, Party, SocketState};
+pub use state::{
+    AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, FlowKey, FlowValue, OriginKey, Party, SocketState,
+};
 
 /// Number of this layout. It is part of the pin path: an agent never opens maps of another layout.
 /// Raise it with every change to a type in this crate that a map holds.
@@ -70,11 +73,11 @@ pub mod bounds {
 /// Indices into the `CONTROL` array (one `u64` each).
 pub mod control {
     /// `generation << 32 | slot`: one word, so a reader never sees one without the other. 0 = no policy yet.
+    /// The generation rises with each revision, and with each change of the cgroup registry or of this host's
+    /// addresses (the slot then stays): whatever a verdict rested on, a new number makes it stale.
     pub const ACTIVE: u32 = 0;
     /// Bits of `HOST_*`.
     pub const FLAGS: u32 = 1;
-    /// Raised with each change of the cgroup registry or of the local addresses; stored verdicts are judged again.
-    pub const REGISTRY: u32 = 2;
     /// Entries in the array.
     pub const LEN: u32 = 4;
 

@@ -68,9 +68,7 @@ pub struct EndpointEntry {
     /// Number of the workload; 0 = none or several.
     pub workload: u32,
     /// Sockets that share the endpoint.
-    pub sockets: u32,
-    /// Zero.
-    pub pad: u32,
+    pub sockets: u64,
 }
 
 /// Key of the table of local TCP connections, from the client's side.
@@ -149,8 +147,8 @@ pub struct SocketState {
     pub identity: u32,
     /// Number of the workload.
     pub workload: u32,
-    /// Registry epoch at which `identity` was found.
-    pub registry: u32,
+    /// Boot seconds at which the socket's last datagram flow was confirmed in the flow table.
+    pub confirmed: u32,
     /// Generation of the cached verdict; 0 = none.
     pub generation: u32,
     /// Identity of the peer.
@@ -215,7 +213,22 @@ mod pod {
         )* };
     }
     pod!(
-        CgroupEntry, Party, AddressEntry, EndpointKey, EndpointEntry, OriginKey, FlowKey, FlowValue, SocketState,
-        RuleKey, RuleEntry, LocalEntry, PrefixKey, DenialKey, DenialCount, RuleCount, Addr
+        CgroupEntry,
+        Party,
+        AddressEntry,
+        EndpointKey,
+        EndpointEntry,
+        OriginKey,
+        FlowKey,
+        FlowValue,
+        SocketState,
+        RuleKey,
+        RuleEntry,
+        LocalEntry,
+        PrefixKey,
+        DenialKey,
+        DenialCount,
+        RuleCount,
+        Addr
     );
 }

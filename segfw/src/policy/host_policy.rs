@@ -72,11 +72,21 @@ pub struct Selector(pub Vec<Requirement>);
 /// kubectl's set-based requirements.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Requirement {
-    In { key: String, values: Vec<String> },
+    In {
+        key: String,
+        values: Vec<String>,
+    },
     /// Also true where the key is absent, as in kubectl.
-    NotIn { key: String, values: Vec<String> },
-    Exists { key: String },
-    NotExists { key: String },
+    NotIn {
+        key: String,
+        values: Vec<String>,
+    },
+    Exists {
+        key: String,
+    },
+    NotExists {
+        key: String,
+    },
 }
 
 impl Selector {

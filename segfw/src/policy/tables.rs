@@ -77,3 +77,15 @@ fn number(map: &mut BTreeMap<String, u32>, key: &str, first: u32) -> u32 {
 pub fn canonical(labels: &Labels) -> String {
     labels.iter().map(|(k, v)| format!("{k}={v}")).collect::<Vec<_>>().join(",")
 }
+
+impl Tables {
+    /// Digest of everything the kernel gets. (Placeholder until the compiler's own lands.)
+    pub fn digest(&self) -> [u8; 32] {
+        use sha2::Digest;
+        sha2::Sha256::digest(format!(
+            "{:?}{:?}{:?}{:?}{:?}",
+            self.rules, self.timeline, self.locals, self.prefixes, self.classes
+        ))
+        .into()
+    }
+}

@@ -1,0 +1,544 @@
+//! What has no connection the kernel keeps: UDP, and the protocols a segment must be granted. A flow table takes the
+//! place of the connection, so that replies belong to it. Also here: the birth, the name and the end of every socket.
+
+use crate::Answer;
+use crate::emit::{About, report};
+use crate::judge::{Judgement, cached, judge, remember, unjudged};
+use crate::maps::{
+    Kernel, flow as find_flow, now, register_endpoint, socket_state, socket_state_or_new, store_flow,
+    unregister_endpoint,
+};
+use crate::socket::{current, of_process, refresh, source_addr, unpack};
+use crate::stream::{named, read};
+use aya_ebpf::bindings::{__sk_buff, BPF_F_CURRENT_NETNS, bpf_sock, bpf_sock_tuple};
+use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_sk_fullsock, bpf_sk_lookup_udp, bpf_sk_release};
+use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext};
+use segfw_common::decide::Peer;
+use segfw_common::event::Hook;
+use segfw_common::packet::Packet;
+use segfw_common::rule::ipproto;
+use segfw_common::{
+    Addr, Decision, Direction, EndpointKey, EventKind, Evidence, Flow, FlowKey, FlowValue, Identity, LocalEntry,
+    Lookup, Party, Peers, Reason, SocketState, Verdict, bounds, control,
+};
+
+const SOCK_STREAM: u32 = 1;
+const SOCK_DGRAM: u32 = 2;
+const SOCK_RAW: u32 = 3;
+
+/// From an answer to what the caller is told.
+#[inline(always)]
+pub fn refusal(j: &Judgement) -> Answer {
+    if j.decision.passes() {
+        Answer::Pass
+    } else if j.decision.reject {
+        Answer::RefuseLoudly
+    } else {
+        Answer::Refuse
+    }
+}
+
+/// A packet that cannot be read: refused where a policy is enforced, none of our business elsewhere.
+#[inline(always)]
+pub fn unreadable(kernel: &Kernel, state: &SocketState) -> Answer {
+    match kernel.local(state.local()) {
+        Some(local) if !monitored(kernel, &local) => Answer::Refuse,
+        Some(_) | None => Answer::Pass,
+    }
+}
+
+#[inline(always)]
+fn monitored(kernel: &Kernel, local: &LocalEntry) -> bool {
+    local.flags & LocalEntry::MONITOR != 0 || kernel.host_flags() & control::HOST_MONITOR != 0
+}
+
+/// `sock_create`: who is it, and may it have this type of socket?
+#[inline(always)]
+pub fn create(ctx: &SockContext) -> Answer {
+    let sk = ctx.sock;
+    // SAFETY: the program's context.
+    let (kind, protocol) = unsafe { ((*sk).type_, (*sk).protocol as u16) };
+    let kernel = Kernel::read();
+    // SAFETY: the program's context.
+    let netns = unsafe { bpf_get_netns_cookie(sk.cast()) };
+    let mut cgroup = 0;
+    let party = unpack(current(&mut cgroup));
+    let stored = match socket_state_or_new(sk.cast()) {
+        Some(state) => {
+            state.netns = netns;
+            state.protocol = protocol;
+            state.cgroup = cgroup;
+            state.identity = party.identity;
+            state.workload = party.workload;
+            true
+        }
+        None => false,
+    };
+    let ordinary =
+        (kind == SOCK_STREAM && protocol == ipproto::TCP) || (kind == SOCK_DGRAM && protocol == ipproto::UDP);
+    if ordinary && stored {
+        return Answer::Pass;
+    }
+    let Some(local) = kernel.local(Identity(party.identity)) else { return Answer::Pass };
+    let reason = if !stored {
+        Reason::NoMemory
+    } else if local.grants & grant(kind, protocol) != 0 {
+        return Answer::Pass;
+    } else {
+        Reason::ProtocolNotGranted
+    };
+    let verdict = if monitored(&kernel, &local) { Verdict::Audit } else { Verdict::Denied };
+    let flow = Flow {
+        direction: Direction::Egress,
+        protocol,
+        local: Identity(party.identity),
+        workload: party.workload,
+        netns,
+        local_addr: Addr::UNSPECIFIED,
+        remote_addr: Addr::UNSPECIFIED,
+        local_port: 0,
+        remote_port: 0,
+    };
+    let j = Judgement {
+        peer: Peer { identity: Identity::UNRESOLVED, workload: 0, evidence: Evidence::None },
+        decision: Decision::plain(verdict, reason),
+    };
+    let about = About {
+        kind: EventKind::Socket,
+        hook: Hook::SockCreate,
+        process: true,
+        socket_type: kind as u8,
+        generation: kernel.generation,
+        sequence: 0,
+        cgroup,
+    };
+    report(&about, &flow, &j);
+    refusal(&j)
+}
+
+/// Which grants open a socket type. An allowlist: what is not named here needs the raw grant.
+#[inline(always)]
+fn grant(kind: u32, protocol: u16) -> u32 {
+    match protocol {
+        ipproto::ICMP | ipproto::ICMPV6 => LocalEntry::GRANT_PING | LocalEntry::GRANT_RAW,
+        ipproto::SCTP if kind != SOCK_RAW => LocalEntry::GRANT_SCTP,
+        ipproto::UDPLITE if kind != SOCK_RAW => LocalEntry::GRANT_UDPLITE,
+        ipproto::DCCP if kind != SOCK_RAW => LocalEntry::GRANT_DCCP,
+        ipproto::MPTCP if kind != SOCK_RAW => LocalEntry::GRANT_MPTCP,
+        _ => LocalEntry::GRANT_RAW,
+    }
+}
+
+/// `sock_release`: the endpoint of a datagram socket goes with it. (That of a listener goes in `sock_ops`.)
+#[inline(always)]
+pub fn release(ctx: &SockContext) {
+    if let Some(state) = socket_state(ctx.sock.cast())
+        && state.flags & SocketState::REGISTERED != 0
+        && state.protocol != ipproto::TCP
+    {
+        let key = EndpointKey {
+            netns: state.netns,
+            addr: state.local_addr,
+            port: state.local_port,
+            protocol: state.protocol,
+            pad: 0,
+        };
+        unregister_endpoint(&key);
+        state.flags &= !SocketState::REGISTERED;
+    }
+}
+
+/// `post_bind`: the port of a datagram socket is known. A TCP socket is nobody's endpoint before it listens.
+/// Each family's hook may read the address of its own family only.
+#[inline(always)]
+pub fn bound(ctx: &SockContext, v6: bool) {
+    let sk = ctx.sock;
+    if let Some(state) = socket_state(sk.cast())
+        && (state.protocol == ipproto::UDP || state.protocol == ipproto::UDPLITE)
+    {
+        // SAFETY: the program's context; words are read one by one, as the verifier wants.
+        let (addr, port) = unsafe {
+            let port = (*sk).src_port as u16;
+            let addr = if v6 {
+                let w = (&raw const (*sk).src_ip6).cast::<u32>();
+                Addr::from_v6_be([
+                    w.read_volatile(),
+                    w.add(1).read_volatile(),
+                    w.add(2).read_volatile(),
+                    w.add(3).read_volatile(),
+                ])
+            } else {
+                Addr::from_v4_be((*sk).src_ip4)
+            };
+            (addr, port)
+        };
+        ensure_registered(state, addr, port);
+    }
+}
+
+/// Enters a datagram socket into the endpoint table once its port is known: its peers on this host then know who it is.
+#[inline(always)]
+pub fn ensure_registered(state: &mut SocketState, addr: Addr, port: u16) {
+    if port == 0 || state.flags & SocketState::REGISTERED != 0 {
+        return;
+    }
+    state.local_addr = addr;
+    state.local_port = port;
+    let key = EndpointKey { netns: state.netns, addr, port, protocol: state.protocol, pad: 0 };
+    if register_endpoint(&key, Party { identity: state.identity, workload: state.workload }) {
+        state.flags |= SocketState::REGISTERED;
+    }
+}
+
+/// `sendmsg` with a destination.
+#[inline(always)]
+pub fn send(ctx: &SockAddrContext, v6: bool) -> Answer {
+    let raw = ctx.sock_addr;
+    // SAFETY: the program's context.
+    let (sk, protocol) = unsafe { ((*raw).__bindgen_anon_1.sk, (*raw).protocol as u16) };
+    if sk.is_null() {
+        return Answer::Pass;
+    }
+    let kernel = Kernel::read();
+    let (remote_addr, remote_port) = named(raw, v6);
+    // SAFETY: the program's context.
+    let netns = unsafe { bpf_get_netns_cookie(raw.cast()) };
+    let Some(state) = of_process(sk.cast(), netns, protocol) else {
+        let mut flow = Flow {
+            direction: Direction::Egress,
+            protocol,
+            local: Identity::UNRESOLVED,
+            workload: 0,
+            netns,
+            local_addr: Addr::UNSPECIFIED,
+            remote_addr,
+            local_port: 0,
+            remote_port,
+        };
+        return without_state(&kernel, &mut flow, Hook::Sendmsg);
+    };
+    // SAFETY: `sk` is a socket pointer of the context.
+    unsafe { ensure_registered(state, source_addr(sk), (*sk).src_port as u16) };
+    outbound(&kernel, state, protocol, remote_addr, remote_port, Hook::Sendmsg)
+}
+
+/// The kernel had no memory to remember this socket: the flow is judged each time, for the task that acts.
+#[inline(always)]
+pub fn without_state(kernel: &Kernel, flow: &mut Flow, hook: Hook) -> Answer {
+    let mut cgroup = 0;
+    let party = unpack(current(&mut cgroup));
+    flow.local = Identity(party.identity);
+    flow.workload = party.workload;
+    let mut j = unjudged();
+    judge(kernel, flow, &mut j);
+    let about = About {
+        kind: EventKind::New,
+        hook,
+        process: true,
+        socket_type: 0,
+        generation: kernel.generation,
+        sequence: 0,
+        cgroup,
+    };
+    report(&about, flow, &j);
+    refusal(&j)
+}
+
+/// A datagram on its way out: to the last destination, in a known flow, or a new flow to judge.
+#[inline(always)]
+fn outbound(
+    kernel: &Kernel,
+    state: &mut SocketState,
+    protocol: u16,
+    remote_addr: Addr,
+    remote_port: u16,
+    hook: Hook,
+) -> Answer {
+    if cached(state, kernel.generation)
+        && state.direction == Direction::Egress as u8
+        && state.remote_port == remote_port
+        && state.remote_addr == remote_addr
+    {
+        return Answer::Pass;
+    }
+    if state.generation != kernel.generation {
+        refresh(state);
+    }
+    let mut flow = Flow {
+        direction: Direction::Egress,
+        protocol,
+        local: state.local(),
+        workload: state.workload,
+        netns: state.netns,
+        local_addr: Addr::UNSPECIFIED,
+        remote_addr,
+        local_port: state.local_port,
+        remote_port,
+    };
+    let mut j = unjudged();
+    let known = follow(kernel, &mut flow, &mut j);
+    if known == Known::Yes {
+        return Answer::Pass;
+    }
+    flow.direction = Direction::Egress;
+    judge(kernel, &flow, &mut j);
+    if j.decision.passes() {
+        open(kernel, &flow, &j);
+        remember(state, kernel.generation, &j);
+        state.direction = Direction::Egress as u8;
+        state.remote_addr = remote_addr;
+        state.remote_port = remote_port;
+        if known == Known::Stale {
+            return Answer::Pass;
+        }
+    }
+    let about = About {
+        kind: EventKind::New,
+        hook,
+        process: hook as u8 == Hook::Sendmsg as u8,
+        socket_type: 0,
+        generation: kernel.generation,
+        sequence: 0,
+        cgroup: state.cgroup,
+    };
+    report(&about, &flow, &j);
+    refusal(&j)
+}
+
+/// What the flow table says.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Known {
+    /// Judged in this generation, and alive.
+    Yes,
+    /// Judged in an older generation; the direction it was opened in no longer allows it, or another must be judged.
+    Stale,
+    No,
+}
+
+#[inline(always)]
+fn flow_key(flow: &Flow) -> FlowKey {
+    FlowKey {
+        netns: flow.netns,
+        remote: flow.remote_addr,
+        remote_port: if is_icmp(flow.protocol) { 0 } else { flow.remote_port },
+        local_port: if is_icmp(flow.protocol) { 0 } else { flow.local_port },
+        protocol: flow.protocol,
+        pad: 0,
+    }
+}
+
+#[inline(always)]
+fn is_icmp(protocol: u16) -> bool {
+    protocol == ipproto::ICMP || protocol == ipproto::ICMPV6
+}
+
+/// Is the datagram part of a flow that was let through, in either direction?
+#[inline(never)]
+fn follow(kernel: &Kernel, flow: &mut Flow, j: &mut Judgement) -> Known {
+    let key = flow_key(flow);
+    let Some(value) = find_flow(&key) else { return Known::No };
+    let time = now();
+    if value.local != flow.local.0 || time.wrapping_sub(value.seen) > bounds::FLOW_IDLE_NS {
+        return Known::No;
+    }
+    if value.generation != kernel.generation || (value.until != 0 && time >= value.until) {
+        let asked = flow.direction as u8;
+        if value.direction == asked {
+            return Known::Stale;
+        }
+        // It was opened the other way round: judge it as it was opened.
+        let (local_port, remote_port) = (flow.local_port, flow.remote_port);
+        flow.direction =
+            if value.direction == Direction::Egress as u8 { Direction::Egress } else { Direction::Ingress };
+        judge(kernel, flow, j);
+        if !j.decision.passes() {
+            return Known::No;
+        }
+        flow.local_port = local_port;
+        flow.remote_port = remote_port;
+        value.generation = kernel.generation;
+        value.until = j.decision.until;
+    }
+    value.seen = time;
+    Known::Yes
+}
+
+/// Enters a flow that was let through.
+#[inline(always)]
+fn open(kernel: &Kernel, flow: &Flow, j: &Judgement) {
+    let key = flow_key(flow);
+    let value = FlowValue {
+        seen: now(),
+        until: j.decision.until,
+        generation: kernel.generation,
+        local: flow.local.0,
+        direction: flow.direction as u8,
+        pad: [0; 7],
+    };
+    store_flow(&key, &value);
+}
+
+/// ICMP messages that answer or report on something: echo replies and errors (RFC 792, RFC 4443). The kernel hands them
+/// to a socket that was granted ICMP; what they answer was judged on its way out.
+#[inline(always)]
+fn answers(protocol: u16, kind: u16) -> bool {
+    match protocol {
+        ipproto::ICMP => matches!(kind >> 8, 0 | 3 | 11 | 12),
+        ipproto::ICMPV6 => matches!(kind >> 8, 1..=4 | 129),
+        _ => false,
+    }
+}
+
+/// `cgroup_skb/ingress` for all that is not TCP.
+#[inline(always)]
+pub fn ingress(skb: *mut __sk_buff, sk: &bpf_sock, state: &mut SocketState, kernel: Kernel) -> Answer {
+    let mut packet = Packet::EMPTY;
+    if !read(skb, &mut packet) {
+        return unreadable(&kernel, state);
+    }
+    if cached(state, kernel.generation)
+        && state.direction == Direction::Egress as u8
+        && state.remote_port == packet.source_port
+        && state.remote_addr == packet.source
+    {
+        return Answer::Pass;
+    }
+    if answers(packet.protocol, packet.destination_port) {
+        return Answer::Pass;
+    }
+    if state.generation != kernel.generation {
+        refresh(state);
+    }
+    let mut flow = Flow {
+        direction: Direction::Ingress,
+        protocol: packet.protocol,
+        local: state.local(),
+        workload: state.workload,
+        netns: state.netns,
+        local_addr: packet.destination,
+        remote_addr: packet.source,
+        local_port: packet.destination_port,
+        remote_port: packet.source_port,
+    };
+    let mut j = unjudged();
+    let known = follow(&kernel, &mut flow, &mut j);
+    if known == Known::Yes {
+        return Answer::Pass;
+    }
+    flow.direction = Direction::Ingress;
+    if packet.protocol == ipproto::UDP && sk.state != 0 {
+        introduce(skb, &kernel, &packet, state.netns);
+    }
+    judge(&kernel, &flow, &mut j);
+    if j.decision.passes() {
+        open(&kernel, &flow, &j);
+        if known == Known::Stale {
+            return Answer::Pass;
+        }
+    }
+    let about = About {
+        kind: if j.decision.reject && !j.decision.passes() { EventKind::Reject } else { EventKind::New },
+        hook: Hook::Ingress,
+        process: false,
+        socket_type: 0,
+        generation: kernel.generation,
+        sequence: 0,
+        cgroup: state.cgroup,
+    };
+    report(&about, &flow, &j);
+    refusal(&j)
+}
+
+/// A connected UDP socket that never bound a port shows it to no hook of ours. When its datagram arrives on this host,
+/// the socket is looked up from the other side and entered into the endpoint table.
+#[inline(never)]
+fn introduce(skb: *mut __sk_buff, kernel: &Kernel, packet: &Packet, netns: u64) {
+    if !packet.source.is_loopback() {
+        match kernel.address(&packet.source) {
+            Some(entry) if entry.netns == netns => {}
+            Some(_) | None => return,
+        }
+    }
+    if segfw_common::decide::endpoint(kernel, netns, &packet.source, ipproto::UDP, packet.source_port).is_some() {
+        return;
+    }
+    // From the view of the sender's socket the datagram's destination is the peer.
+    let (sport, dport) = (packet.destination_port.to_be(), packet.source_port.to_be());
+    let mut words = [0u32; 9];
+    let length = if packet.source.is_v4() {
+        words[0] = packet.destination.0[3];
+        words[1] = packet.source.0[3];
+        words[2] = u32::from(sport) | u32::from(dport) << 16;
+        12
+    } else {
+        words[0] = packet.destination.0[0];
+        words[1] = packet.destination.0[1];
+        words[2] = packet.destination.0[2];
+        words[3] = packet.destination.0[3];
+        words[4] = packet.source.0[0];
+        words[5] = packet.source.0[1];
+        words[6] = packet.source.0[2];
+        words[7] = packet.source.0[3];
+        words[8] = u32::from(sport) | u32::from(dport) << 16;
+        36
+    };
+    let current: i32 = BPF_F_CURRENT_NETNS;
+    // SAFETY: `words` holds a `bpf_sock_tuple` of `length` bytes; the socket is released below on every path.
+    unsafe {
+        let found = bpf_sk_lookup_udp(
+            skb.cast(),
+            words.as_mut_ptr().cast::<bpf_sock_tuple>(),
+            length,
+            current as i64 as u64,
+            0,
+        );
+        if found.is_null() {
+            return;
+        }
+        if let Some(state) = socket_state(found.cast()) {
+            ensure_registered(state, source_addr(found), (*found).src_port as u16);
+        }
+        let _ = bpf_sk_release(found.cast());
+    }
+}
+
+/// `cgroup_skb/egress`: what a granted socket sends, packet by packet.
+#[inline(always)]
+pub fn egress(ctx: &SkBuffContext) -> Answer {
+    let skb = ctx.skb.skb;
+    // SAFETY: the program's context.
+    let sk = unsafe { (*skb).__bindgen_anon_2.sk };
+    if sk.is_null() {
+        return Answer::Pass;
+    }
+    // SAFETY: a socket pointer of the context.
+    let full = unsafe { bpf_sk_fullsock(sk) };
+    if full.is_null() {
+        return Answer::Pass;
+    }
+    // SAFETY: checked for null above.
+    let (kind, protocol) = unsafe { ((*full).type_, (*full).protocol as u16) };
+    if kind != SOCK_RAW && (protocol == ipproto::TCP || protocol == ipproto::UDP) {
+        return Answer::Pass;
+    }
+    let kernel = Kernel::read();
+    let state = match socket_state(sk.cast()) {
+        Some(state) => state,
+        None => match crate::stream::adopt(skb, full, protocol) {
+            Some(state) => state,
+            None => return Answer::Refuse,
+        },
+    };
+    let mut packet = Packet::EMPTY;
+    if !read(skb, &mut packet) {
+        return unreadable(&kernel, state);
+    }
+    // A raw socket may build any fragment it likes: one without ports cannot be judged.
+    if packet.later_fragment {
+        return unreadable(&kernel, state);
+    }
+    if !is_icmp(packet.protocol) {
+        state.local_port = packet.source_port;
+    }
+    outbound(&kernel, state, packet.protocol, packet.destination, packet.destination_port, Hook::Egress)
+}

@@ -1,0 +1,141 @@
+//! Counters and events. A full buffer costs an event, never a packet; what is lost is counted.
+
+use crate::judge::Judgement;
+use crate::maps::{self, budget, count, count_denial, count_rule, now};
+use aya_ebpf::helpers::generated::{bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_smp_processor_id};
+use segfw_common::event::{Counter, DenialKey, Hook};
+use segfw_common::{EventKind, Flow, FlowEvent, Verdict, bounds};
+
+/// What an event needs besides the flow and the answer.
+#[derive(Clone, Copy)]
+pub struct About {
+    pub kind: EventKind,
+    pub hook: Hook,
+    /// The hook runs in the process that acts, so its name and id mean something.
+    pub process: bool,
+    pub socket_type: u8,
+    pub generation: u32,
+    /// Sequence number of a SYN that a rule rejects.
+    pub sequence: u32,
+    pub cgroup: u64,
+}
+
+/// Counts a judged flow, and reports it unless that would be one denial too many or the rule is quiet.
+#[inline(never)]
+pub fn report(about: &About, flow: &Flow, j: &Judgement) {
+    let verdict = j.decision.verdict;
+    count(Counter::verdict_index(j.decision.reason as u8, verdict as u8, flow.direction as u8));
+    count_rule(j.decision.rule, verdict as u8);
+    let denied = !j.decision.passes();
+    if j.decision.quiet && !denied && j.decision.pending == 0 {
+        return;
+    }
+    let time = now();
+    if denied && over_budget(time) {
+        let key = DenialKey {
+            local: flow.local.0,
+            remote: j.peer.identity.0,
+            rule: j.decision.rule,
+            port: flow.service(),
+            protocol: flow.protocol,
+            direction: flow.direction as u8,
+            reason: j.decision.reason as u8,
+            hook: about.hook as u8,
+            pad: 0,
+        };
+        count_denial(&key, time);
+        return;
+    }
+    write(about, flow, j, time);
+}
+
+/// Has this CPU sent its share of single denials in this second?
+#[inline(always)]
+fn over_budget(time: u64) -> bool {
+    let Some(budget) = budget() else { return false };
+    let second = time / 1_000_000_000;
+    if budget.second != second {
+        budget.second = second;
+        budget.denials = 0;
+    }
+    budget.denials += 1;
+    budget.denials > bounds::DENIAL_EVENTS_PER_S
+}
+
+/// Writes one event with no counts of bytes.
+#[inline(always)]
+fn write(about: &About, flow: &Flow, j: &Judgement, time: u64) {
+    let Some(event) = begin(time) else { return };
+    // SAFETY: reserved and zeroed by `begin`.
+    let e = unsafe { &mut *event };
+    describe(e, flow);
+    e.cgroup = about.cgroup;
+    e.remote = j.peer.identity.0;
+    e.rule = j.decision.rule;
+    e.pending_rule = j.decision.pending_rule;
+    e.generation = about.generation;
+    e.rtt_us = about.sequence;
+    e.kind = about.kind as u8;
+    e.verdict = j.decision.verdict as u8;
+    e.reason = j.decision.reason as u8;
+    e.pending = j.decision.pending;
+    e.evidence = j.peer.evidence as u8;
+    e.hook = about.hook as u8;
+    e.reject = (j.decision.reject && matches!(j.decision.verdict, Verdict::Denied)) as u8;
+    e.socket_type = about.socket_type;
+    if about.process {
+        // SAFETY: `comm` is 16 bytes of the reserved record.
+        unsafe {
+            e.pid = (bpf_get_current_pid_tgid() >> 32) as u32;
+            let _ = bpf_get_current_comm(e.comm.as_mut_ptr().cast(), 16);
+        }
+    }
+    submit(event);
+}
+
+/// The part of an event that the flow itself tells.
+#[inline(always)]
+pub fn describe(e: &mut FlowEvent, flow: &Flow) {
+    e.netns = flow.netns;
+    e.local_addr = flow.local_addr;
+    e.remote_addr = flow.remote_addr;
+    e.local = flow.local.0;
+    e.local_port = flow.local_port;
+    e.remote_port = flow.remote_port;
+    e.protocol = flow.protocol;
+    e.direction = flow.direction as u8;
+}
+
+/// Reserves a zeroed event with its time and number. `None` = the buffer is full; the number is used up, so the gap shows.
+#[inline(always)]
+pub fn begin(time: u64) -> Option<*mut FlowEvent> {
+    let budget = budget()?;
+    budget.sequence += 1;
+    let Some(mut entry) = maps::events().reserve(0) else {
+        count(Counter::EventsLost as u32);
+        return None;
+    };
+    count(Counter::EventsSent as u32);
+    let event: *mut FlowEvent = entry.as_mut_ptr();
+    core::mem::forget(entry);
+    // SAFETY: the ring buffer gave 168 writable bytes; zero is valid for every field.
+    unsafe {
+        let words = event.cast::<u64>();
+        let mut i = 0;
+        while i < size_of::<FlowEvent>() / 8 {
+            words.add(i).write_volatile(0);
+            i += 1;
+        }
+        (*event).time = time;
+        (*event).sequence = budget.sequence;
+        (*event).cpu = bpf_get_smp_processor_id() as u32;
+    }
+    Some(event)
+}
+
+/// Hands a reserved event to user space.
+#[inline(always)]
+pub fn submit(event: *mut FlowEvent) {
+    // SAFETY: `event` came from `begin` and is submitted once.
+    unsafe { aya_ebpf::helpers::generated::bpf_ringbuf_submit(event.cast(), 0) }
+}

@@ -1,0 +1,545 @@
+//! TCP: judged at `connect`, at the SYN, and again when the policy changes. Nothing per packet but one comparison.
+
+use crate::Answer;
+use crate::datagram;
+use crate::emit::{About, begin, describe, report, submit};
+use crate::judge::{Live, blur, cached, judge, live, opaque_zero, remember, unjudged};
+use crate::maps::{
+    Kernel, forget_origin, now, register_endpoint, socket_state, socket_state_or_new, store_origin, unregister_endpoint,
+};
+use crate::socket::{AF_INET6, of_process, refresh, resolve_skb, source_addr};
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+    BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, bpf_sock, bpf_sock_addr, bpf_sock_ops,
+};
+use aya_ebpf::helpers::generated::{
+    bpf_get_netns_cookie, bpf_sk_fullsock, bpf_skb_load_bytes, bpf_sock_ops_cb_flags_set,
+};
+use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockOpsContext};
+use segfw_common::decide::origin_key;
+use segfw_common::event::{Counter, Hook};
+use segfw_common::packet::{self, Bytes, Packet};
+use segfw_common::rule::ipproto;
+use segfw_common::{Addr, Direction, EndpointKey, EventKind, Flow, Identity, Party, SocketState, Verdict};
+
+const TCP_CLOSE: u32 = 7;
+const TCP_LISTEN: u32 = 10;
+const SOCK_DGRAM: u32 = 2;
+
+/// The bytes of an skb, from its IP header on.
+pub struct Skb(pub *mut __sk_buff);
+
+impl Bytes for Skb {
+    #[inline(always)]
+    fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let mut out = [0u8; N];
+        // SAFETY: `out` has N bytes; the helper checks the packet's end.
+        let rc = unsafe { bpf_skb_load_bytes(self.0.cast(), offset, out.as_mut_ptr().cast(), N as u32) };
+        if rc == 0 { Some(out) } else { None }
+    }
+}
+
+/// Reads the packet of an skb. Not inlined: one copy, a stack frame of its own.
+#[inline(never)]
+pub fn read(skb: *mut __sk_buff, out: &mut Packet) -> bool {
+    let readable = packet::parse_into(&Skb(skb), 0, out).is_ok();
+    if !readable {
+        crate::maps::count(Counter::Malformed as u32);
+    }
+    forget(out);
+    readable
+}
+
+/// Makes all packets look alike to the verifier (see `opaque_zero`).
+#[inline(always)]
+pub fn forget(packet: &mut Packet) {
+    let zero = opaque_zero();
+    blur_addr(&mut packet.source, zero);
+    blur_addr(&mut packet.destination, zero);
+    packet.sequence ^= zero;
+    packet.protocol ^= zero as u16;
+    packet.source_port ^= zero as u16;
+    packet.destination_port ^= zero as u16;
+    packet.tcp_flags ^= zero as u8;
+    blur(&mut packet.later_fragment, zero);
+}
+
+/// The same for one address.
+#[inline(always)]
+pub fn blur_addr(addr: &mut Addr, zero: u32) {
+    let Addr([a, b, c, d]) = addr;
+    *a ^= zero;
+    *b ^= zero;
+    *c ^= zero;
+    *d ^= zero;
+}
+
+/// The address and port a process named in `connect` or `sendmsg`.
+#[inline(always)]
+pub fn named(ctx: *const bpf_sock_addr, v6: bool) -> (Addr, u16) {
+    // SAFETY: the program's context; words are read one by one, as the verifier wants.
+    unsafe {
+        let port = u16::from_be((*ctx).user_port as u16);
+        let mut addr = if v6 {
+            let w = &raw const (*ctx).user_ip6;
+            let w = w.cast::<u32>();
+            Addr::from_v6_be([
+                w.read_volatile(),
+                w.add(1).read_volatile(),
+                w.add(2).read_volatile(),
+                w.add(3).read_volatile(),
+            ])
+        } else {
+            Addr::from_v4_be((*ctx).user_ip4)
+        };
+        blur_addr(&mut addr, opaque_zero());
+        (addr, port)
+    }
+}
+
+/// `connect`: egress TCP, connected UDP, ping.
+#[inline(always)]
+pub fn connect(ctx: &SockAddrContext, v6: bool) -> Answer {
+    let raw = ctx.sock_addr;
+    // SAFETY: the program's context.
+    let (sk, kind, protocol) = unsafe { ((*raw).__bindgen_anon_1.sk, (*raw).type_, (*raw).protocol as u16) };
+    if sk.is_null() {
+        return Answer::Pass;
+    }
+    let kernel = Kernel::read();
+    // SAFETY: the program's context.
+    let netns = unsafe { bpf_get_netns_cookie(raw.cast()) };
+    let (remote_addr, mut remote_port) = named(raw, v6);
+    let datagram = kind == SOCK_DGRAM;
+    if protocol == ipproto::ICMP {
+        remote_port = 8 << 8;
+    } else if protocol == ipproto::ICMPV6 {
+        remote_port = 128 << 8;
+    }
+    // SAFETY: `sk` is a socket pointer of the context.
+    let local_port = unsafe { (*sk).src_port as u16 };
+    let mut flow = Flow {
+        direction: Direction::Egress,
+        protocol,
+        local: Identity::UNRESOLVED,
+        workload: 0,
+        netns,
+        local_addr: Addr::UNSPECIFIED,
+        remote_addr,
+        local_port,
+        remote_port,
+    };
+    let Some(state) = of_process(sk.cast(), netns, protocol) else {
+        return datagram::without_state(&kernel, &mut flow, Hook::Connect);
+    };
+    if state.generation != kernel.generation {
+        refresh(state);
+    }
+    flow.local = state.local();
+    flow.workload = state.workload;
+    let mut j = unjudged();
+    judge(&kernel, &flow, &mut j);
+    remember(state, kernel.generation, &j);
+    state.direction = Direction::Egress as u8;
+    state.remote_addr = remote_addr;
+    state.remote_port = remote_port;
+    state.drain = 0;
+    state.flags &= !SocketState::LOGGED;
+    // A TCP connection that may go is reported with its final addresses, when the SYN leaves.
+    if datagram || !j.decision.passes() {
+        let about = About {
+            kind: EventKind::New,
+            hook: Hook::Connect,
+            process: true,
+            socket_type: 0,
+            generation: kernel.generation,
+            sequence: 0,
+            cgroup: state.cgroup,
+        };
+        report(&about, &flow, &j);
+    }
+    if datagram && j.decision.passes() {
+        // SAFETY: as above.
+        unsafe { datagram::ensure_registered(state, source_addr(sk), (*sk).src_port as u16) };
+    }
+    datagram::refusal(&j)
+}
+
+/// `cgroup_skb/ingress`, all protocols: the cached answer, or the road to a new one.
+#[inline(always)]
+pub fn ingress(ctx: &SkBuffContext) -> Answer {
+    let skb = ctx.skb.skb;
+    // SAFETY: the program's context.
+    let sk = unsafe { (*skb).__bindgen_anon_2.sk };
+    if sk.is_null() {
+        return Answer::Pass;
+    }
+    let kernel = Kernel::read();
+    let state = socket_state(sk.cast());
+    // SAFETY: checked for null above.
+    let tcp_state = unsafe { (*sk).state };
+    if let Some(state) = &state
+        && state.protocol == ipproto::TCP
+        && tcp_state != TCP_LISTEN
+        && cached(state, kernel.generation)
+    {
+        return Answer::Pass;
+    }
+    // SAFETY: a socket pointer of the context; the helper returns null for request and time-wait sockets.
+    let full = unsafe { bpf_sk_fullsock(sk) };
+    if full.is_null() {
+        return Answer::Pass;
+    }
+    // SAFETY: checked for null above.
+    let protocol = unsafe { (*full).protocol as u16 };
+    let state = match state {
+        Some(state) => Some(state),
+        None => adopt(skb, full, protocol),
+    };
+    let Some(state) = state else {
+        return Answer::Refuse;
+    };
+    if protocol != ipproto::TCP {
+        // SAFETY: checked for null above.
+        return datagram::ingress(skb, unsafe { &*full }, state, kernel);
+    }
+    if tcp_state == TCP_LISTEN { handshake(skb, state, kernel) } else { alive(skb, state, kernel) }
+}
+
+/// A socket that is older than the agent, or that the kernel made for itself: resolved on first sight.
+#[inline(always)]
+pub fn adopt<'a>(skb: *mut __sk_buff, sk: *mut bpf_sock, protocol: u16) -> Option<&'a mut SocketState> {
+    let state = socket_state_or_new(sk.cast())?;
+    state.protocol = protocol;
+    resolve_skb(skb, state);
+    Some(state)
+}
+
+/// A SYN, or the ACK that ends a handshake (and may carry data): both show the listener, both get the same answer,
+/// since it follows from the addresses alone.
+#[inline(always)]
+fn handshake(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> Answer {
+    refresh(state);
+    let mut packet = Packet::EMPTY;
+    if !read(skb, &mut packet) {
+        return datagram::unreadable(&kernel, state);
+    }
+    let flow = Flow {
+        direction: Direction::Ingress,
+        protocol: ipproto::TCP,
+        local: state.local(),
+        workload: state.workload,
+        netns: state.netns,
+        local_addr: packet.destination,
+        remote_addr: packet.source,
+        local_port: packet.destination_port,
+        remote_port: packet.source_port,
+    };
+    let mut j = unjudged();
+    judge(&kernel, &flow, &mut j);
+    if j.decision.passes() {
+        return Answer::Pass;
+    }
+    if packet.opens() {
+        let about = About {
+            kind: if j.decision.reject { EventKind::Reject } else { EventKind::New },
+            hook: Hook::Ingress,
+            process: false,
+            socket_type: 0,
+            generation: kernel.generation,
+            sequence: packet.sequence,
+            cgroup: state.cgroup,
+        };
+        report(&about, &flow, &j);
+    }
+    Answer::Refuse
+}
+
+/// A segment of a connection whose cached answer is missing, of an older generation, past its time, or a refusal.
+#[inline(always)]
+fn alive(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> Answer {
+    if state.generation == kernel.generation && state.verdict == Verdict::Denied as u8 {
+        return Answer::Refuse;
+    }
+    refresh(state);
+    let mut packet = Packet::EMPTY;
+    if !read(skb, &mut packet) {
+        return datagram::unreadable(&kernel, state);
+    }
+    let known = state.verdict != 0;
+    let mut flow = Flow {
+        direction: if state.direction == Direction::Egress as u8 && known {
+            Direction::Egress
+        } else {
+            Direction::Ingress
+        },
+        protocol: ipproto::TCP,
+        local: state.local(),
+        workload: state.workload,
+        netns: state.netns,
+        local_addr: packet.destination,
+        remote_addr: packet.source,
+        local_port: packet.destination_port,
+        remote_port: packet.source_port,
+    };
+    let mut j = unjudged();
+    judge(&kernel, &flow, &mut j);
+    if !known && !j.decision.passes() {
+        // Older than the agent: nobody saw which end opened it. It goes on if either reading allows it; the agent's
+        // inventory knows the listeners and cuts what should not be.
+        flow.direction = Direction::Egress;
+        judge(&kernel, &flow, &mut j);
+    }
+    state.direction = flow.direction as u8;
+    match live(state, kernel.generation, &mut j) {
+        Live::Goes => Answer::Pass,
+        Live::Ended => Answer::Refuse,
+        Live::EndsNow => {
+            let about = About {
+                kind: EventKind::Revoked,
+                hook: Hook::Ingress,
+                process: false,
+                socket_type: 0,
+                generation: kernel.generation,
+                sequence: 0,
+                cgroup: state.cgroup,
+            };
+            report(&about, &flow, &j);
+            Answer::Refuse
+        }
+    }
+}
+
+/// `sock_ops`.
+#[inline(always)]
+pub fn life(ctx: &SockOpsContext) {
+    let ops = ctx.ops;
+    // SAFETY: the program's context.
+    let op = unsafe { (*ops).op };
+    match op {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => leaves(ops),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ops),
+        BPF_SOCK_OPS_TCP_LISTEN_CB => listens(ops),
+        BPF_SOCK_OPS_STATE_CB => {
+            // SAFETY: as above.
+            if unsafe { (*ops).__bindgen_anon_1.args[1] } == TCP_CLOSE {
+                ends(ops);
+            }
+        }
+        _ => {}
+    }
+}
+
+#[inline(always)]
+fn ends_of(ops: *const bpf_sock_ops) -> (Addr, Addr, u16, u16) {
+    // SAFETY: the program's context; word by word.
+    unsafe {
+        let local_port = (*ops).local_port as u16;
+        let remote_port = u32::from_be((*ops).remote_port) as u16;
+        if (*ops).family == AF_INET6 {
+            let l = (&raw const (*ops).local_ip6).cast::<u32>();
+            let r = (&raw const (*ops).remote_ip6).cast::<u32>();
+            (
+                Addr::from_v6_be([
+                    l.read_volatile(),
+                    l.add(1).read_volatile(),
+                    l.add(2).read_volatile(),
+                    l.add(3).read_volatile(),
+                ]),
+                Addr::from_v6_be([
+                    r.read_volatile(),
+                    r.add(1).read_volatile(),
+                    r.add(2).read_volatile(),
+                    r.add(3).read_volatile(),
+                ]),
+                local_port,
+                remote_port,
+            )
+        } else {
+            (Addr::from_v4_be((*ops).local_ip4), Addr::from_v4_be((*ops).remote_ip4), local_port, remote_port)
+        }
+    }
+}
+
+/// The full set of callbacks: children inherit their listener's, so it is always set whole.
+#[inline(always)]
+fn watch(ops: *mut bpf_sock_ops) {
+    // SAFETY: the program's context.
+    let _ = unsafe { bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32) };
+}
+
+#[inline(always)]
+fn state_of<'a>(ops: *mut bpf_sock_ops) -> Option<&'a mut SocketState> {
+    // SAFETY: the program's context.
+    let sk = unsafe { (*ops).__bindgen_anon_2.sk };
+    if sk.is_null() { None } else { socket_state(sk.cast()) }
+}
+
+/// The SYN is about to leave, and every address is final.
+#[inline(always)]
+fn leaves(ops: *mut bpf_sock_ops) {
+    let Some(state) = state_of(ops) else { return };
+    watch(ops);
+    let kernel = Kernel::read();
+    let (local_addr, remote_addr, local_port, remote_port) = ends_of(ops);
+    let flow = Flow {
+        direction: Direction::Egress,
+        protocol: ipproto::TCP,
+        local: state.local(),
+        workload: state.workload,
+        netns: state.netns,
+        local_addr,
+        remote_addr,
+        local_port,
+        remote_port,
+    };
+    store_origin(&origin_key(&flow), &Party { identity: state.identity, workload: state.workload });
+    let mut j = unjudged();
+    judge(&kernel, &flow, &mut j);
+    // Another program may have rewritten the address after our `connect` hook. This hook cannot refuse, but the stored
+    // answer stops what comes back.
+    remember(state, kernel.generation, &j);
+    state.direction = Direction::Egress as u8;
+    state.local_addr = local_addr;
+    state.remote_addr = remote_addr;
+    state.local_port = local_port;
+    state.remote_port = remote_port;
+    state.started = now();
+    state.flags |= SocketState::LOGGED;
+    let about = About {
+        kind: EventKind::New,
+        hook: Hook::SockOps,
+        process: true,
+        socket_type: 0,
+        generation: kernel.generation,
+        sequence: 0,
+        cgroup: state.cgroup,
+    };
+    report(&about, &flow, &j);
+}
+
+/// A child of a listener: its own answer, under its own addresses.
+#[inline(always)]
+fn accepted(ops: *mut bpf_sock_ops) {
+    let Some(state) = state_of(ops) else { return };
+    watch(ops);
+    let kernel = Kernel::read();
+    let (local_addr, remote_addr, local_port, remote_port) = ends_of(ops);
+    refresh(state);
+    let flow = Flow {
+        direction: Direction::Ingress,
+        protocol: ipproto::TCP,
+        local: state.local(),
+        workload: state.workload,
+        netns: state.netns,
+        local_addr,
+        remote_addr,
+        local_port,
+        remote_port,
+    };
+    let mut j = unjudged();
+    judge(&kernel, &flow, &mut j);
+    state.flags = SocketState::LOGGED;
+    state.drain = 0;
+    remember(state, kernel.generation, &j);
+    state.direction = Direction::Ingress as u8;
+    state.local_addr = local_addr;
+    state.remote_addr = remote_addr;
+    state.local_port = local_port;
+    state.remote_port = remote_port;
+    state.started = now();
+    let about = About {
+        kind: EventKind::New,
+        hook: Hook::SockOps,
+        process: false,
+        socket_type: 0,
+        generation: kernel.generation,
+        sequence: 0,
+        cgroup: state.cgroup,
+    };
+    report(&about, &flow, &j);
+}
+
+/// A listener: its endpoint is known from now on, and no answer of an earlier life of the socket is left on it.
+#[inline(always)]
+fn listens(ops: *mut bpf_sock_ops) {
+    let Some(state) = state_of(ops) else { return };
+    watch(ops);
+    let (local_addr, _, local_port, _) = ends_of(ops);
+    state.verdict = 0;
+    state.generation = 0;
+    if state.flags & SocketState::REGISTERED != 0 {
+        return;
+    }
+    state.local_addr = local_addr;
+    state.local_port = local_port;
+    let key = EndpointKey { netns: state.netns, addr: local_addr, port: local_port, protocol: ipproto::TCP, pad: 0 };
+    if register_endpoint(&key, Party { identity: state.identity, workload: state.workload }) {
+        state.flags = SocketState::REGISTERED;
+    }
+}
+
+/// The end of a connection or of a listener.
+#[inline(always)]
+fn ends(ops: *mut bpf_sock_ops) {
+    let Some(state) = state_of(ops) else { return };
+    if state.flags & SocketState::REGISTERED != 0 {
+        let key = EndpointKey {
+            netns: state.netns,
+            addr: state.local_addr,
+            port: state.local_port,
+            protocol: ipproto::TCP,
+            pad: 0,
+        };
+        unregister_endpoint(&key);
+        state.flags &= !SocketState::REGISTERED;
+        return;
+    }
+    if state.flags & SocketState::LOGGED == 0 {
+        return;
+    }
+    state.flags &= !SocketState::LOGGED;
+    let flow = Flow {
+        direction: if state.direction == Direction::Egress as u8 { Direction::Egress } else { Direction::Ingress },
+        protocol: ipproto::TCP,
+        local: state.local(),
+        workload: state.workload,
+        netns: state.netns,
+        local_addr: state.local_addr,
+        remote_addr: state.remote_addr,
+        local_port: state.local_port,
+        remote_port: state.remote_port,
+    };
+    if matches!(flow.direction, Direction::Egress) {
+        forget_origin(&origin_key(&flow));
+    }
+    if state.flags & SocketState::NO_LOG != 0 {
+        return;
+    }
+    let time = now();
+    let Some(event) = begin(time) else { return };
+    // SAFETY: reserved and zeroed by `begin`; `ops` is the program's context.
+    unsafe {
+        let e = &mut *event;
+        describe(e, &flow);
+        e.cgroup = state.cgroup;
+        e.remote = state.remote;
+        e.rule = state.rule;
+        e.pending_rule = state.pending_rule;
+        e.generation = state.generation;
+        e.kind = EventKind::Close as u8;
+        e.verdict = state.verdict;
+        e.reason = state.reason;
+        e.pending = state.pending;
+        e.evidence = state.evidence;
+        e.hook = Hook::SockOps as u8;
+        e.duration = time.wrapping_sub(state.started);
+        e.bytes_sent = (*ops).bytes_acked;
+        e.bytes_received = (*ops).bytes_received;
+        e.segments_sent = (*ops).segs_out;
+        e.segments_received = (*ops).segs_in;
+        e.retransmits = (*ops).total_retrans;
+        e.rtt_us = (*ops).srtt_us >> 3;
+    }
+    submit(event);
+}

@@ -1,0 +1,169 @@
+//! Links: made once, pinned at once, owned by the pin alone.
+//!
+//! The agent keeps no descriptor of a link, so neither its death nor a forked child changes what is attached. A newer
+//! build puts its programs behind the existing links (`BPF_LINK_UPDATE`); it never detaches first.
+
+use super::{Datapath, Error, sys};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+
+/// One place where a program sits.
+#[derive(Clone, Copy, Debug)]
+pub struct Hook {
+    /// Name of the program, and of the pin.
+    pub program: &'static str,
+    /// `enum bpf_attach_type`.
+    pub attach_type: u32,
+}
+
+/// The order in which hooks are attached: first those that only learn who is who, then those that refuse. In between a
+/// new host is as open as it was before; an enforcing one already has them all.
+pub const HOOKS: [Hook; 10] = [
+    Hook { program: "tcp_life", attach_type: 3 },
+    Hook { program: "sock_release", attach_type: 34 },
+    Hook { program: "post_bind4", attach_type: 12 },
+    Hook { program: "post_bind6", attach_type: 13 },
+    Hook { program: "sock_create", attach_type: 2 },
+    Hook { program: "connect4", attach_type: 10 },
+    Hook { program: "connect6", attach_type: 11 },
+    Hook { program: "sendmsg4", attach_type: 14 },
+    Hook { program: "sendmsg6", attach_type: 15 },
+    Hook { program: "skb_ingress", attach_type: 0 },
+];
+
+/// Attached only while some segment holds a grant: it costs a call per packet.
+pub const EGRESS: Hook = Hook { program: "skb_egress", attach_type: 1 };
+
+const BPF_XDP: u32 = 37;
+const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
+
+/// What `attach` did with a hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// There was no link.
+    Attached,
+    /// The link was there with this very program.
+    Adopted,
+    /// The link was there and now runs this build's program.
+    Replaced,
+}
+
+/// A pinned link as it is in the kernel.
+#[derive(Clone, Debug)]
+pub struct LinkState {
+    /// Name of the program and the pin.
+    pub name: String,
+    /// The link; `None` = there is no pin.
+    pub link: Option<sys::LinkInfo>,
+    /// Instructions of this build's program.
+    pub instructions: u32,
+    /// Instructions the verifier walked.
+    pub verified: u32,
+}
+
+impl Datapath {
+    /// Attaches a hook to a cgroup, or takes over the link that is pinned.
+    pub fn attach(&self, hook: Hook, cgroup: &File) -> Result<Outcome, Error> {
+        let pin = self.dir.join(format!("link-{}", hook.program));
+        let program = self.program(hook.program)?;
+        let describe = |what: &str| format!("{what} {} (attach type {})", hook.program, hook.attach_type);
+        if let Some(link) = sys::get(&pin).map_err(|e| Error::sys(describe("open the link of"), e))? {
+            return self.adopt(link.as_fd(), hook.program);
+        }
+        let link = sys::link_create(program, cgroup.as_raw_fd() as u32, hook.attach_type, 0).map_err(|e| {
+            let hint = match e.raw_os_error() {
+                Some(libc::EPERM) => {
+                    ": a program that does not share (not BPF_F_ALLOW_MULTI) sits here or above, or CAP_NET_ADMIN is missing"
+                }
+                Some(libc::E2BIG) => ": 64 programs are attached here already, the kernel's limit",
+                Some(_) | None => "",
+            };
+            Error::sys(format!("{}{hint}", describe("attach")), e)
+        })?;
+        sys::pin(link.as_fd(), &pin).map_err(|e| Error::sys(describe("pin the link of"), e))?;
+        Ok(Outcome::Attached)
+    }
+
+    fn adopt(&self, link: std::os::fd::BorrowedFd<'_>, name: &str) -> Result<Outcome, Error> {
+        let describe = |what: &str| format!("{what} {name}");
+        let program = self.program(name)?;
+        let have = sys::link_info(link).map_err(|e| Error::sys(describe("read the link of"), e))?;
+        let want = sys::program_info(program).map_err(|e| Error::sys(describe("read the program"), e))?;
+        if have.program == want.id {
+            return Ok(Outcome::Adopted);
+        }
+        sys::link_update(link, program).map_err(|e| Error::sys(describe("replace the program of"), e))?;
+        Ok(Outcome::Replaced)
+    }
+
+    /// Attaches the outer wall to an interface of the agent's own network namespace, native mode only.
+    pub fn attach_xdp(&self, interface: &str) -> Result<Outcome, Error> {
+        let pin = self.dir.join(format!("link-xdp-{interface}"));
+        if let Some(link) = sys::get(&pin).map_err(|e| Error::sys(format!("open the XDP link of {interface}"), e))? {
+            return self.adopt(link.as_fd(), "outer_wall");
+        }
+        let index = nix::net::if_::if_nametoindex(interface)
+            .map_err(|e| Error::sys(format!("interface {interface}"), std::io::Error::from(e)))?;
+        let link = sys::link_create(self.program("outer_wall")?, index, BPF_XDP, XDP_FLAGS_DRV_MODE).map_err(|e| {
+            Error::sys(
+                format!(
+                    "attach XDP to {interface} (native mode; the sockets enforce without it, remove --xdp to go on)"
+                ),
+                e,
+            )
+        })?;
+        sys::pin(link.as_fd(), &pin).map_err(|e| Error::sys(format!("pin the XDP link of {interface}"), e))?;
+        Ok(Outcome::Attached)
+    }
+
+    /// Takes the egress hook away. The one place besides [`remove`] that ends a link: only while no segment holds a grant,
+    /// so nothing is left that the hook would have judged.
+    pub fn drop_egress(&self) -> Result<(), Error> {
+        let pin = self.dir.join(format!("link-{}", EGRESS.program));
+        match std::fs::remove_file(&pin) {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(source) => Err(Error::Io { what: "cannot remove", path: pin.display().to_string(), source }),
+        }
+    }
+
+    /// Every pinned link as the kernel has it now.
+    pub fn links(&self) -> Result<Vec<LinkState>, Error> {
+        let mut states = Vec::new();
+        for hook in HOOKS.iter().chain([&EGRESS]) {
+            let pin = self.dir.join(format!("link-{}", hook.program));
+            let link = match sys::get(&pin).map_err(|e| Error::sys(format!("open {}", pin.display()), e))? {
+                Some(link) => sys::link_info(link.as_fd()).ok(),
+                None => None,
+            };
+            let info = sys::program_info(self.program(hook.program)?)
+                .map_err(|e| Error::sys(format!("read the program {}", hook.program), e))?;
+            states.push(LinkState {
+                name: hook.program.to_owned(),
+                link,
+                instructions: info.instructions,
+                verified: info.verified,
+            });
+        }
+        Ok(states)
+    }
+}
+
+/// Removes every pin below `pin_dir`: the links go with them, and nothing is enforced any more. For uninstall and tests.
+pub fn remove(pin_dir: &Path) -> std::io::Result<()> {
+    if !pin_dir.exists() {
+        return Ok(());
+    }
+    for layout in std::fs::read_dir(pin_dir)? {
+        let layout = layout?.path();
+        // Links first: a map without its pin lives on as long as an attached program uses it.
+        let mut entries: Vec<_> = std::fs::read_dir(&layout)?.collect::<Result<_, _>>()?;
+        entries.sort_by_key(|e| !e.file_name().to_string_lossy().starts_with("link-"));
+        for entry in entries {
+            std::fs::remove_file(entry.path())?;
+        }
+        std::fs::remove_dir(&layout)?;
+    }
+    std::fs::remove_dir(pin_dir)
+}

@@ -1,0 +1,150 @@
+//! The tables of the host itself: cgroups, addresses, endpoints; and the counters.
+
+use super::{Datapath, Error, sys};
+use segfw_common::event::{Counter, DenialCount, DenialKey, RuleCount};
+use segfw_common::{Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, OriginKey, Party};
+use std::collections::BTreeMap;
+
+/// Counters of all CPUs, added up.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// By index; see [`Counter`].
+    pub by_index: Vec<u64>,
+    /// By rule number; 0 = no rule.
+    pub by_rule: BTreeMap<u32, RuleCount>,
+}
+
+impl Counters {
+    /// A named counter.
+    pub fn get(&self, counter: Counter) -> u64 {
+        self.by_index.get(counter as usize).copied().unwrap_or(0)
+    }
+}
+
+impl Datapath {
+    /// Registers or relabels a cgroup.
+    pub fn set_cgroup(&self, id: u64, entry: &CgroupEntry) -> Result<(), Error> {
+        sys::map_update(self.map("CGROUPS")?, &id, entry).map_err(|e| Error::sys(format!("register cgroup {id}"), e))
+    }
+
+    /// Forgets a cgroup that is gone.
+    pub fn remove_cgroup(&self, id: u64) -> Result<bool, Error> {
+        sys::map_delete(self.map("CGROUPS")?, &id).map_err(|e| Error::sys(format!("forget cgroup {id}"), e))
+    }
+
+    /// Every registered cgroup.
+    pub fn cgroups(&self) -> Result<Vec<(u64, CgroupEntry)>, Error> {
+        sys::map_dump(self.map("CGROUPS")?, 1024).map_err(|e| Error::sys("read CGROUPS", e))
+    }
+
+    /// Writes what is known of one of this host's addresses.
+    pub fn set_address(&self, addr: &Addr, entry: &AddressEntry) -> Result<(), Error> {
+        sys::map_update(self.map("ADDRESSES")?, addr, entry).map_err(|e| Error::sys(format!("enter address {addr}"), e))
+    }
+
+    /// Forgets an address that this host no longer has.
+    pub fn remove_address(&self, addr: &Addr) -> Result<bool, Error> {
+        sys::map_delete(self.map("ADDRESSES")?, addr).map_err(|e| Error::sys(format!("forget address {addr}"), e))
+    }
+
+    /// Every address of this host.
+    pub fn addresses(&self) -> Result<Vec<(Addr, AddressEntry)>, Error> {
+        sys::map_dump(self.map("ADDRESSES")?, 256).map_err(|e| Error::sys("read ADDRESSES", e))
+    }
+
+    /// Enters an endpoint that the inventory found; an entry of the hooks is newer and stays.
+    pub fn add_endpoint(&self, key: &EndpointKey, entry: &EndpointEntry) -> Result<(), Error> {
+        if self.endpoint(key)?.is_some() {
+            return Ok(());
+        }
+        sys::map_update(self.map("ENDPOINTS")?, key, entry).map_err(|e| Error::sys("enter an endpoint", e))
+    }
+
+    /// One endpoint.
+    pub fn endpoint(&self, key: &EndpointKey) -> Result<Option<EndpointEntry>, Error> {
+        sys::map_lookup(self.map("ENDPOINTS")?, key).map_err(|e| Error::sys("read ENDPOINTS", e))
+    }
+
+    /// Forgets an endpoint that no socket has.
+    pub fn remove_endpoint(&self, key: &EndpointKey) -> Result<bool, Error> {
+        sys::map_delete(self.map("ENDPOINTS")?, key).map_err(|e| Error::sys("forget an endpoint", e))
+    }
+
+    /// Every endpoint. Hooks write meanwhile, so one may be missed or seen twice.
+    pub fn endpoints(&self) -> Result<Vec<(EndpointKey, EndpointEntry)>, Error> {
+        sys::map_dump(self.map("ENDPOINTS")?, 1024).map_err(|e| Error::sys("read ENDPOINTS", e))
+    }
+
+    /// Who opened a local connection.
+    pub fn origin(&self, key: &OriginKey) -> Result<Option<Party>, Error> {
+        sys::map_lookup(self.map("ORIGINS")?, key).map_err(|e| Error::sys("read ORIGINS", e))
+    }
+
+    /// Tells XDP which network namespace an interface is in.
+    pub fn set_xdp_netns(&self, index: u32, cookie: u64) -> Result<(), Error> {
+        sys::map_update(self.map("XDP_NETNS")?, &index, &cookie).map_err(|e| Error::sys("write XDP_NETNS", e))
+    }
+
+    /// All counters, added over CPUs.
+    pub fn counters(&self) -> Result<Counters, Error> {
+        let cpus = possible_cpus();
+        let mut counters = Counters::default();
+        let mut bytes = vec![0u8; cpus * 8];
+        for index in 0..Counter::LEN {
+            let _ = sys::map_lookup_into(self.map("COUNTERS")?, &index, &mut bytes)
+                .map_err(|e| Error::sys("read COUNTERS", e))?;
+            counters.by_index.push(words(&bytes).iter().sum());
+        }
+        for rule in self.keys::<u32>("RULE_COUNTERS")? {
+            let mut bytes = vec![0u8; cpus * size_of::<RuleCount>()];
+            if sys::map_lookup_into(self.map("RULE_COUNTERS")?, &rule, &mut bytes)
+                .map_err(|e| Error::sys("read RULE_COUNTERS", e))?
+            {
+                let mut sum = RuleCount::default();
+                for cpu in words(&bytes).chunks_exact(3) {
+                    sum.allowed += cpu[0];
+                    sum.denied += cpu[1];
+                    sum.audit += cpu[2];
+                }
+                let _ = counters.by_rule.insert(rule, sum);
+            }
+        }
+        Ok(counters)
+    }
+
+    /// Denials that were aggregated since the last call; the entries are taken out. What a CPU adds between the reading
+    /// and the removal of one entry is lost to the aggregate, not to the verdict counters.
+    pub fn take_denials(&self) -> Result<Vec<(DenialKey, DenialCount)>, Error> {
+        let cpus = possible_cpus();
+        let mut all = Vec::new();
+        for key in self.keys::<DenialKey>("DENIALS")? {
+            let mut bytes = vec![0u8; cpus * size_of::<DenialCount>()];
+            if sys::map_lookup_into(self.map("DENIALS")?, &key, &mut bytes)
+                .map_err(|e| Error::sys("read DENIALS", e))?
+            {
+                let _ = sys::map_delete(self.map("DENIALS")?, &key).map_err(|e| Error::sys("empty DENIALS", e))?;
+                let mut sum = DenialCount::default();
+                for cpu in words(&bytes).chunks_exact(2) {
+                    sum.count += cpu[0];
+                    sum.last = sum.last.max(cpu[1]);
+                }
+                all.push((key, sum));
+            }
+        }
+        Ok(all)
+    }
+
+    /// The keys of a per-CPU map.
+    fn keys<K: aya::Pod>(&self, name: &str) -> Result<Vec<K>, Error> {
+        sys::map_keys(self.map(name)?).map_err(|e| Error::sys(format!("read the keys of {name}"), e))
+    }
+}
+
+fn words(bytes: &[u8]) -> Vec<u64> {
+    bytes.chunks_exact(8).map(|c| u64::from_ne_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]])).collect()
+}
+
+/// CPUs the kernel keeps per-CPU values for (`/sys/devices/system/cpu/possible`), at least 1.
+fn possible_cpus() -> usize {
+    aya::util::nr_cpus().unwrap_or(1)
+}
