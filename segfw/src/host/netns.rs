@@ -10,7 +10,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::{fs, io, thread};
@@ -21,6 +21,9 @@ const MOUNT_DIRECTORIES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
 /// Namespaces in one survey: each costs a descriptor for as long as the survey lives. As many as there may be
 /// workloads (8,192), each in one of its own.
 pub const MAX_NAMESPACES: usize = 8_192;
+
+/// include/uapi/linux/sockios.h: a descriptor of the socket's network namespace.
+const SIOCGSKNS: libc::Ioctl = 0x894c;
 
 /// What goes wrong with namespaces.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +99,19 @@ pub fn in_netns<T: Send>(namespace: impl AsFd, f: impl FnOnce() -> T + Send) -> 
         setns(fd, CloneFlags::CLONE_NEWNET).map_err(|e| Error::Enter(e.into()))?;
         Ok(f())
     })
+}
+
+/// [`in_netns`] for the namespace a socket belongs to (`SIOCGSKNS`, 4.9).
+pub(super) fn in_netns_of<T: Send>(socket: impl AsFd, f: impl FnOnce() -> T + Send) -> Result<T, Error> {
+    // SAFETY: the request takes no argument; a result that is not negative is a new descriptor that nobody else owns.
+    let fd = unsafe {
+        let fd = libc::ioctl(socket.as_fd().as_raw_fd(), SIOCGSKNS);
+        if fd < 0 {
+            return Err(Error::Enter(io::Error::last_os_error()));
+        }
+        OwnedFd::from_raw_fd(fd)
+    };
+    in_netns(fd, f)
 }
 
 fn on_thread<T: Send>(f: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, Error> {
