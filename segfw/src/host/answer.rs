@@ -251,7 +251,7 @@ fn reset_packet(ends: Ends, seq: u32) -> Vec<u8> {
     tcp.extend(remote.to_be_bytes());
     tcp.extend(0_u32.to_be_bytes());
     tcp.extend(seq.wrapping_add(1).to_be_bytes());
-    tcp.extend([(TCP_HEADER / 4 << 4) as u8, RST_ACK]);
+    tcp.extend([((TCP_HEADER / 4) << 4) as u8, RST_ACK]);
     // Window, checksum, urgent pointer.
     tcp.extend([0; 6]);
     ends.packet(TCP, tcp, 16)

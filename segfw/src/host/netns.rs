@@ -45,7 +45,7 @@ pub enum Error {
 /// One network namespace, held open.
 #[derive(Debug)]
 pub struct Namespace {
-    /// `SO_NETNS_COOKIE`, the same as `bpf_get_netns_cookie`: never reused until reboot. 1 is the first one.
+    /// `SO_NETNS_COOKIE`, the same as `bpf_get_netns_cookie`: not reused until reboot.
     pub cookie: u64,
     /// Inode number in nsfs, as in `net:[4026531840]`: reused once the namespace has gone.
     pub inode: u64,
