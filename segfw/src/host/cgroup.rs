@@ -267,6 +267,11 @@ impl Tree {
             self.forget(path);
         }
         if !self.known.contains_key(path) {
+            // A late event about a child whose parent has been replaced since: the new parent's own event, or the next
+            // rescan, brings the child with it.
+            if path.parent().is_some_and(|parent| !self.known.contains_key(parent)) {
+                return Ok(());
+            }
             if self.known.len() >= MAX_CGROUPS || path.components().count() > MAX_DEPTH {
                 self.counters.refused.fetch_add(1, Ordering::Relaxed);
                 return Ok(());
@@ -301,10 +306,8 @@ impl Tree {
         for child in lost {
             self.forget(&child);
         }
-        for child in children {
-            self.reconcile(&child)?;
-        }
-        Ok(())
+        // One that cannot be read does not hide its siblings.
+        children.into_iter().map(|child| self.reconcile(&child)).fold(Ok(()), Result::and)
     }
 
     /// Known paths strictly below `path`: a path sorts before all below it, component by component.
@@ -395,15 +398,16 @@ impl Watcher {
     /// Begins. A cgroup that lives shorter than the thread needs to look is never reported: the kernel's
     /// nearest-registered-ancestor rule is for those.
     pub fn start(hierarchy: Hierarchy) -> Result<Self, Error> {
-        Self::with_max_watches(hierarchy, MAX_CGROUPS)
+        let inotify = Inotify::init()
+            .inspect_err(|error| tracing::warn!(%error, "no inotify instance (see fs.inotify.max_user_instances)"));
+        Self::with(hierarchy, inotify.ok(), MAX_CGROUPS)
     }
 
-    fn with_max_watches(hierarchy: Hierarchy, max_watches: usize) -> Result<Self, Error> {
-        let io = |error| Error::Io("inotify".into(), error);
-        let inotify = Inotify::init().map_err(io)?;
+    fn with(hierarchy: Hierarchy, inotify: Option<Inotify>, max_watches: usize) -> Result<Self, Error> {
+        let io = |error| Error::Io("thread that follows cgroups".into(), error);
         let (stopped, stop) = io::pipe().map_err(io)?;
         let (sender, changes) = mpsc::channel(MAX_WAITING);
-        let tree = Tree::new(hierarchy, Some(inotify), max_watches);
+        let tree = Tree::new(hierarchy, inotify, max_watches);
         let counters = Arc::clone(&tree.counters);
         let run = move || follow(tree, &sender, stopped.as_fd());
         let thread = thread::Builder::new().name("cgroups".into()).spawn(run).map_err(io)?;
@@ -457,7 +461,8 @@ fn follow(mut tree: Tree, sender: &mpsc::Sender<Vec<Change>>, stopped: BorrowedF
                 tracing::warn!(
                     unwatched = tree.unwatched,
                     every = ?RESCAN_UNWATCHED,
-                    "not every cgroup can be watched (raise fs.inotify.max_user_watches); the tree is read whole instead"
+                    "not every cgroup can be watched (raise fs.inotify.max_user_watches, max_user_instances); \
+                     the tree is read whole instead"
                 );
             } else {
                 tracing::info!("every cgroup is watched again");
@@ -477,8 +482,8 @@ fn follow(mut tree: Tree, sender: &mpsc::Sender<Vec<Change>>, stopped: BorrowedF
 
         let interval = if tree.unwatched > 0 { RESCAN_UNWATCHED } else { RESCAN_WATCHED };
         let left = interval.saturating_sub(last_rescan.elapsed());
-        let Some(inotify) = &tree.inotify else { return };
-        let mut fds = [PollFd::new(stopped, PollFlags::POLLIN), PollFd::new(inotify.as_fd(), PollFlags::POLLIN)];
+        let mut fds = vec![PollFd::new(stopped, PollFlags::POLLIN)];
+        fds.extend(tree.inotify.iter().map(|inotify| PollFd::new(inotify.as_fd(), PollFlags::POLLIN)));
         // Rounded up, or the last millisecond would be a busy loop.
         let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
         match poll(&mut fds, timeout) {
@@ -625,8 +630,14 @@ mod tests {
                         fs::remove_dir(path).unwrap();
                     }
                 }
+                // Same names, other cgroups.
+                for _ in 0..if n % 3 == 0 { 0 } else { n % 4 } {
+                    fs::create_dir_all(&deep).unwrap();
+                    for path in deep.ancestors().take(3) {
+                        fs::remove_dir(path).unwrap();
+                    }
+                }
                 if n % 6 == 1 {
-                    // Same name, another cgroup.
                     fs::create_dir_all(&deep).unwrap();
                 }
             }
@@ -660,13 +671,18 @@ mod tests {
         let hierarchy = Hierarchy::find().unwrap();
         let cgroup = Cgroup::new(&hierarchy);
         let within = relative(&hierarchy, &cgroup.0);
-        let mut watcher = Watcher::with_max_watches(hierarchy.clone(), 1).unwrap();
-        let mut seen = BTreeMap::new();
-        settle(&mut watcher, &mut seen, &hierarchy, &within).await;
-        assert!(watcher.counters().unwatched.load(Ordering::Relaxed) >= 1);
-        fs::create_dir_all(cgroup.0.join("x/y")).unwrap();
-        settle(&mut watcher, &mut seen, &hierarchy, &within).await;
-        assert!(seen.contains_key(&within.join("x/y")));
+        for inotify in [Inotify::init().ok(), None] {
+            let mut watcher = Watcher::with(hierarchy.clone(), inotify, 1).unwrap();
+            let mut seen = BTreeMap::new();
+            settle(&mut watcher, &mut seen, &hierarchy, &within).await;
+            assert!(watcher.counters().unwatched.load(Ordering::Relaxed) >= 1);
+            fs::create_dir_all(cgroup.0.join("x/y")).unwrap();
+            settle(&mut watcher, &mut seen, &hierarchy, &within).await;
+            assert!(seen.contains_key(&within.join("x/y")));
+            fs::remove_dir(cgroup.0.join("x/y")).unwrap();
+            settle(&mut watcher, &mut seen, &hierarchy, &within).await;
+            assert!(!seen.contains_key(&within.join("x/y")));
+        }
     }
 
     #[tokio::test]
@@ -678,7 +694,7 @@ mod tests {
         let cgroup = Cgroup::new(&hierarchy);
         let within = relative(&hierarchy, &cgroup.0);
         let mut tree = Tree::new(hierarchy.clone(), Some(Inotify::init().unwrap()), MAX_CGROUPS);
-        tree.reconcile(&within).unwrap();
+        tree.reconcile(Path::new("/")).unwrap();
         // Two events per name, names never alike twice in a row, so that the kernel does not merge them.
         let limit: usize = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
         for n in 0..limit / 2 + 10 {

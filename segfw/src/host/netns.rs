@@ -274,6 +274,7 @@ fn open(path: &Path) -> io::Result<(u64, OwnedFd)> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::cgroup::Hierarchy;
     use super::super::testing::{self, Killed};
     use super::*;
     use std::process::Command;
@@ -310,8 +311,11 @@ mod tests {
         assert!(Command::new("ip").args(["netns", "add", &named.0]).status().unwrap().success());
         let namespace = testing::Namespace::new();
         namespace.ip("addr add 2001:db8::77/128 dev lo nodad");
+        let cgroup = testing::Cgroup::new(&Hierarchy::find().unwrap());
+        // Dropped, and so reaped, before its cgroup.
         let child = Killed(namespace.run(|| Command::new("sleep").arg("60").spawn().unwrap()));
         let cookie = namespace.run(|| current_cookie().unwrap());
+        fs::write(cgroup.0.join("cgroup.procs"), child.0.id().to_string()).unwrap();
 
         let survey = survey().unwrap();
         let own: Vec<_> = survey.namespaces.iter().filter(|n| n.own).collect();
@@ -321,7 +325,8 @@ mod tests {
 
         let found = survey.get(cookie).unwrap();
         assert_eq!(found.pids, [child.0.id()]);
-        assert_eq!(found.cgroups.len(), 1);
+        let name = Path::new("/").join(cgroup.0.file_name().unwrap());
+        assert_eq!(found.cgroups.iter().map(Path::new).collect::<Vec<_>>(), [&name]);
         assert!(survey.addresses().any(|a| a == (cookie, "2001:db8::77".parse().unwrap())));
         assert_eq!(in_netns(found, || current_cookie().unwrap()).unwrap(), cookie);
 
