@@ -34,14 +34,19 @@ pub const MAX_BATCH: usize = 1_024;
 /// rescan finds what was missed, so a slow reader costs delay and never a wrong end state.
 pub const MAX_WAITING: usize = 16;
 
-/// How often the tree is read whole where some directories cannot be watched.
+/// How often the tree is read whole where some directories cannot be watched; less often where that would take more
+/// than a tenth of the time.
 pub const RESCAN_UNWATCHED: Duration = Duration::from_secs(1);
 
-/// How often it is read whole in any case: a net below the events, about 10 µs per cgroup.
+/// How often it is read whole in any case: a net below the events, for some µs per cgroup.
 pub const RESCAN_WATCHED: Duration = Duration::from_secs(60);
 
 /// One read of events: some thousand.
 const EVENT_BUFFER: usize = 64 * 1024;
+
+/// `st_nlink` of a directory without directories in it (fs/kernfs/inode.c, `kernfs_refresh_inode`: subdirectories + 2).
+/// Most cgroups are leaves with 20 or more files, and reading those costs ten times as much as the stat.
+const LINKS_OF_LEAF: u64 = 2;
 
 /// `fid_type` of a kernfs file handle (include/linux/exportfs.h): its 8 bytes are the id.
 const FILEID_KERNFS: i32 = 0xfe;
@@ -255,14 +260,8 @@ impl Tree {
     /// late, twice, or about something that has been replaced since.
     fn reconcile(&mut self, path: &Path) -> io::Result<()> {
         let directory = self.hierarchy.directory(path);
-        let id = match id_of(&directory) {
-            Ok(id) => id,
-            Err(error) if gone(&error) => {
-                self.forget(path);
-                return Ok(());
-            }
-            Err(error) => return Err(error),
-        };
+        let Some(mut metadata) = self.there(path, fs::metadata(&directory))? else { return Ok(()) };
+        let id = metadata.ino();
         if self.known.get(path).is_some_and(|node| node.id != id) {
             self.forget(path);
         }
@@ -281,28 +280,27 @@ impl Tree {
             self.changes.push(Change::Appeared { path: path.to_owned(), id });
         }
         // Watch first, read second: what is created in between is read, or reported, or both.
-        self.watch(path, &directory)?;
+        if self.watch(path, &directory)? {
+            let Some(now) = self.there(path, fs::metadata(&directory))? else { return Ok(()) };
+            metadata = now;
+        }
         let mut children = BTreeSet::new();
-        let entries = match fs::read_dir(&directory) {
-            Ok(entries) => entries,
-            Err(error) if gone(&error) => {
-                self.forget(path);
-                return Ok(());
-            }
-            Err(error) => return Err(error),
-        };
-        for entry in entries {
-            match entry {
-                // kernfs gives the type with the name: no stat.
-                Ok(entry) if entry.file_type().is_ok_and(|t| t.is_dir()) => {
-                    children.insert(path.join(entry.file_name()));
+        if metadata.nlink() != LINKS_OF_LEAF {
+            let Some(entries) = self.there(path, fs::read_dir(&directory))? else { return Ok(()) };
+            for entry in entries {
+                match entry {
+                    // kernfs gives the type with the name: no stat.
+                    Ok(entry) if entry.file_type().is_ok_and(|t| t.is_dir()) => {
+                        children.insert(path.join(entry.file_name()));
+                    }
+                    Ok(_) => {}
+                    Err(error) if gone(&error) => break,
+                    Err(error) => return Err(error),
                 }
-                Ok(_) => {}
-                Err(error) if gone(&error) => break,
-                Err(error) => return Err(error),
             }
         }
-        let lost: Vec<PathBuf> = self.below(path).filter(|p| p.parent() == Some(path) && !children.contains(*p)).cloned().collect();
+        let is_lost = |p: &&PathBuf| p.parent() == Some(path) && !children.contains(*p);
+        let lost: Vec<PathBuf> = self.below(path).filter(is_lost).cloned().collect();
         for child in lost {
             self.forget(&child);
         }
@@ -316,11 +314,24 @@ impl Tree {
         self.known.range::<Path, _>(from).map(|(p, _)| p).take_while(move |p| p.starts_with(path))
     }
 
-    fn watch(&mut self, path: &Path, directory: &Path) -> io::Result<()> {
-        let Some(inotify) = &self.inotify else { return Ok(()) };
-        let Some(node) = self.known.get_mut(path) else { return Ok(()) };
+    /// `None` if the cgroup has gone; then it is forgotten.
+    fn there<T>(&mut self, path: &Path, result: io::Result<T>) -> io::Result<Option<T>> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if gone(&error) => {
+                self.forget(path);
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Sets a watch where there is none; true if it has.
+    fn watch(&mut self, path: &Path, directory: &Path) -> io::Result<bool> {
+        let Some(inotify) = &self.inotify else { return Ok(false) };
+        let Some(node) = self.known.get_mut(path) else { return Ok(false) };
         if node.watch.is_some() || self.by_watch.len() >= self.max_watches {
-            return Ok(());
+            return Ok(false);
         }
         let mask = WatchMask::CREATE | WatchMask::DELETE | WatchMask::MOVE | WatchMask::ONLYDIR;
         match inotify.watches().add(directory, mask) {
@@ -328,10 +339,10 @@ impl Tree {
                 node.watch = Some(watch.clone());
                 self.unwatched -= 1;
                 self.by_watch.insert(watch, path.to_owned());
-                Ok(())
+                Ok(true)
             }
             // ENOSPC: the user has no watch left. The directory stays unwatched; the caller reads the tree instead.
-            Err(error) if gone(&error) || error.raw_os_error() == Some(libc::ENOSPC) => Ok(()),
+            Err(error) if gone(&error) || error.raw_os_error() == Some(libc::ENOSPC) => Ok(false),
             Err(error) => Err(error),
         }
     }
@@ -442,9 +453,12 @@ impl Drop for Watcher {
 fn follow(mut tree: Tree, sender: &mpsc::Sender<Vec<Change>>, stopped: BorrowedFd<'_>) {
     let mut dirty = BTreeSet::from([PathBuf::from("/")]);
     let mut last_rescan = Instant::now();
+    // What the last rescan took.
+    let mut cost = Duration::ZERO;
     let mut said = 0;
     loop {
-        if dirty.contains(Path::new("/")) {
+        let whole = dirty.contains(Path::new("/"));
+        if whole {
             dirty = BTreeSet::from([PathBuf::from("/")]);
             last_rescan = Instant::now();
             tree.counters.rescans.fetch_add(1, Ordering::Relaxed);
@@ -454,6 +468,9 @@ fn follow(mut tree: Tree, sender: &mpsc::Sender<Vec<Change>>, stopped: BorrowedF
                 tree.counters.errors.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(cgroup = %path.display(), %error, "cannot read cgroup; tried again with the next rescan");
             }
+        }
+        if whole {
+            cost = last_rescan.elapsed();
         }
         tree.counters.unwatched.store(tree.unwatched, Ordering::Relaxed);
         if (said == 0) != (tree.unwatched == 0) {
@@ -480,7 +497,7 @@ fn follow(mut tree: Tree, sender: &mpsc::Sender<Vec<Change>>, stopped: BorrowedF
             }
         }
 
-        let interval = if tree.unwatched > 0 { RESCAN_UNWATCHED } else { RESCAN_WATCHED };
+        let interval = if tree.unwatched > 0 { RESCAN_UNWATCHED.max(cost * 10) } else { RESCAN_WATCHED };
         let left = interval.saturating_sub(last_rescan.elapsed());
         let mut fds = vec![PollFd::new(stopped, PollFlags::POLLIN)];
         fds.extend(tree.inotify.iter().map(|inotify| PollFd::new(inotify.as_fd(), PollFlags::POLLIN)));
@@ -565,7 +582,19 @@ mod tests {
         }
     }
 
-    /// Applies batches until the part below `within` equals a fresh scan.
+    /// The tree below `within`, walked the plain way.
+    fn walk(hierarchy: &Hierarchy, within: &Path, found: &mut BTreeMap<PathBuf, u64>) {
+        let directory = hierarchy.directory(within);
+        let Ok(id) = id_of(&directory) else { return };
+        found.insert(within.to_owned(), id);
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            if entry.file_type().unwrap().is_dir() {
+                walk(hierarchy, &within.join(entry.file_name()), found);
+            }
+        }
+    }
+
+    /// Applies batches until the part below `within` equals what is there.
     async fn settle(watcher: &mut Watcher, seen: &mut BTreeMap<PathBuf, u64>, hierarchy: &Hierarchy, within: &Path) {
         let part = |map: &BTreeMap<PathBuf, u64>| -> BTreeMap<PathBuf, u64> {
             map.iter().filter(|(p, _)| p.starts_with(within)).map(|(p, id)| (p.clone(), *id)).collect()
@@ -584,11 +613,13 @@ mod tests {
                     }
                 }
             } else {
-                let fresh = hierarchy.scan().unwrap();
-                if part(seen) == part(&fresh) {
+                let mut fresh = BTreeMap::new();
+                walk(hierarchy, within, &mut fresh);
+                if part(seen) == fresh {
+                    assert_eq!(part(&hierarchy.scan().unwrap()), fresh);
                     return;
                 }
-                assert!(Instant::now() < deadline, "seen {:?}, there {:?}", part(seen), part(&fresh));
+                assert!(Instant::now() < deadline, "seen {:?}, there {fresh:?}", part(seen));
             }
         }
     }
