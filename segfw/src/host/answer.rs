@@ -101,12 +101,23 @@ impl Answerer {
 
     /// Answers a SYN with RST|ACK: the peer's `connect` fails with `ECONNREFUSED`. `seq` is the SYN's sequence number
     /// in host order; `local` is where it was sent to. A link-local `remote` needs its scope id.
-    pub fn reset(&mut self, namespace: &Namespace, local: SocketAddr, remote: SocketAddr, seq: u32) -> Result<(), NotAnswered> {
+    pub fn reset(
+        &mut self,
+        namespace: &Namespace,
+        local: SocketAddr,
+        remote: SocketAddr,
+        seq: u32,
+    ) -> Result<(), NotAnswered> {
         self.answer(namespace.cookie, namespace, local, remote, |ends| reset_packet(ends, seq))
     }
 
     /// Answers a datagram with port unreachable: a connected UDP socket gets `ECONNREFUSED`.
-    pub fn unreachable(&mut self, namespace: &Namespace, local: SocketAddr, remote: SocketAddr) -> Result<(), NotAnswered> {
+    pub fn unreachable(
+        &mut self,
+        namespace: &Namespace,
+        local: SocketAddr,
+        remote: SocketAddr,
+    ) -> Result<(), NotAnswered> {
         self.answer(namespace.cookie, namespace, local, remote, unreachable_packet)
     }
 
@@ -416,7 +427,11 @@ mod tests {
             // From here: a new cable may swallow the first SYN while the neighbour is looked up.
             let begin = Instant::now();
             // The peer's address: the other end of the cable, or the same machine.
-            let peer = if ip.is_loopback() { address.to_owned() } else { address.replace(".2.2", ".2.1").replace("::2", "::1") };
+            let peer = if ip.is_loopback() {
+                address.to_owned()
+            } else {
+                address.replace(".2.2", ".2.1").replace("::2", "::1")
+            };
             let remote = SocketAddr::new(peer.parse().unwrap(), port);
             answerer.answer(cookie, server, local, remote, |ends| reset_packet(ends, seq.wrapping_add(7))).unwrap();
             thread::sleep(Duration::from_millis(20));
@@ -459,10 +474,15 @@ mod tests {
     #[test]
     fn packets_by_the_book() {
         let ends = |local: &str, remote: &str| Ends::new(local.parse().unwrap(), remote.parse().unwrap()).unwrap();
-        let sum = |parts: &[&[u8]]| parts.iter().fold(Sum::default(), |mut sum, part| {
-            sum.add(part);
-            sum
-        }).finish();
+        let sum = |parts: &[&[u8]]| {
+            parts
+                .iter()
+                .fold(Sum::default(), |mut sum, part| {
+                    sum.add(part);
+                    sum
+                })
+                .finish()
+        };
 
         let packet = reset_packet(ends("192.0.2.2:443", "[::ffff:192.0.2.1]:40000"), u32::MAX);
         assert_eq!(packet.len(), 40);

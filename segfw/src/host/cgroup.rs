@@ -55,15 +55,19 @@ const FILEID_KERNFS: i32 = 0xfe;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Nothing to enforce on.
-    #[error("cgroup v1 only: no cgroup2 file system is mounted; boot with systemd.unified_cgroup_hierarchy=1, \
-             or mount one (`mount -t cgroup2 none /sys/fs/cgroup/unified`)")]
+    #[error(
+        "cgroup v1 only: no cgroup2 file system is mounted; boot with systemd.unified_cgroup_hierarchy=1, \
+             or mount one (`mount -t cgroup2 none /sys/fs/cgroup/unified`)"
+    )]
     V1Only,
     /// `ip netns exec` and some containers hide it.
     #[error("no cgroup file system is visible in this mount namespace")]
     NotMounted,
     /// Ids from `stat` and from file handles are not the same number: 32-bit, or an old kernel.
-    #[error("cgroup ids are not inode numbers on this machine ({path}: inode {inode}, handle {handle}); needs a 64-bit \
-             kernel of 5.5 or later")]
+    #[error(
+        "cgroup ids are not inode numbers on this machine ({path}: inode {inode}, handle {handle}); needs a 64-bit \
+             kernel of 5.5 or later"
+    )]
     Ids { path: String, inode: u64, handle: u64 },
     /// Reading failed.
     #[error("{0}: {1}")]
@@ -177,9 +181,8 @@ pub fn handle_id_of(directory: &Path) -> io::Result<u64> {
     let mut handle = Handle { bytes: 8, kind: 0, id: [0; 8] };
     let mut mount = 0;
     // SAFETY: `path` ends in NUL; `handle` has the layout of `struct file_handle` with `bytes` bytes behind it.
-    let result = unsafe {
-        libc::name_to_handle_at(libc::AT_FDCWD, path.as_ptr(), (&raw mut handle).cast(), &raw mut mount, 0)
-    };
+    let result =
+        unsafe { libc::name_to_handle_at(libc::AT_FDCWD, path.as_ptr(), (&raw mut handle).cast(), &raw mut mount, 0) };
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
@@ -193,7 +196,9 @@ pub fn handle_id_of(directory: &Path) -> io::Result<u64> {
 /// `foo.service` are two cgroups, and two units.
 pub fn unit(cgroup: &Path) -> Option<&str> {
     let is_unit = |name: &&str| {
-        [".service", ".socket", ".scope", ".slice"].iter().any(|end| name.strip_suffix(end).is_some_and(|n| !n.is_empty()))
+        [".service", ".socket", ".scope", ".slice"]
+            .iter()
+            .any(|end| name.strip_suffix(end).is_some_and(|n| !n.is_empty()))
     };
     cgroup.iter().rev().filter_map(OsStr::to_str).find(is_unit)
 }
@@ -466,7 +471,7 @@ fn follow(mut tree: Tree, sender: &mpsc::Sender<Vec<Change>>, stopped: BorrowedF
         for path in mem::take(&mut dirty) {
             if let Err(error) = tree.reconcile(&path) {
                 tree.counters.errors.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(cgroup = %path.display(), %error, "cannot read cgroup; tried again with the next rescan");
+                tracing::warn!(cgroup = %path.display(), %error, "cannot read cgroup; tried again at the next rescan");
             }
         }
         if whole {
@@ -552,15 +557,20 @@ mod tests {
 
     #[test]
     fn mounts() {
-        check_mounts("30 23 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw\n", Ok(("/sys/fs/cgroup", false, "/")));
         check_mounts(
-            "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n",
+            "30 23 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw\n",
+            Ok(("/sys/fs/cgroup", false, "/")),
+        );
+        check_mounts(
+            "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+             41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n",
             Ok(("/sys/fs/cgroup/unified", true, "/")),
         );
         check_mounts("32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n", Err("cgroup v1 only: "));
         check_mounts("21 1 0:2 / /proc rw - proc proc rw\n", Err("no cgroup file system"));
         check_mounts(
-            "1 1 0:2 /pod /a\\040b rw - cgroup2 none rw\n2 1 0:2 / /c rw - cgroup2 none rw\n3 1 0:2 / /d rw - cgroup2 none rw\n",
+            "1 1 0:2 /pod /a\\040b rw - cgroup2 none rw\n\
+             2 1 0:2 / /c rw - cgroup2 none rw\n3 1 0:2 / /d rw - cgroup2 none rw\n",
             Ok(("/c", false, "/")),
         );
         check_mounts("1 1 0:2 /pod /a\\040b rw - cgroup2 none rw\n", Ok(("/a b", false, "/pod")));
@@ -727,7 +737,8 @@ mod tests {
         let mut tree = Tree::new(hierarchy.clone(), Some(Inotify::init().unwrap()), MAX_CGROUPS);
         tree.reconcile(Path::new("/")).unwrap();
         // Two events per name, names never alike twice in a row, so that the kernel does not merge them.
-        let limit: usize = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
+        let limit: usize =
+            fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
         for n in 0..limit / 2 + 10 {
             let path = cgroup.0.join(if n % 2 == 0 { "even" } else { "odd" });
             fs::create_dir(&path).unwrap();

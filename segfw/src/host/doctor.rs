@@ -100,7 +100,7 @@ fn cgroup2() -> Check {
             NAME,
             Level::Warn,
             format!("hybrid: cgroup2 at {}, beside v1 controllers", hierarchy.mount.display()),
-            "containers whose runtime uses cgroup v1 all share one v2 cgroup and cannot be told apart; systemd units can",
+            "containers in cgroup v1 mode share one v2 cgroup and cannot be told apart; systemd units can",
             "boot with systemd.unified_cgroup_hierarchy=1, and use a runtime that supports cgroup v2",
         ),
         Ok(hierarchy) => Check::ok(NAME, format!("unified, at {}", hierarchy.mount.display())),
@@ -118,9 +118,13 @@ fn cgroup2() -> Check {
             "nothing to attach to",
             "run in the host's mount namespace, or give the container the host's /sys/fs/cgroup",
         ),
-        Err(error @ cgroup::Error::Ids { .. }) => {
-            Check::bad(NAME, Level::Fail, error, "workloads would get the identity of others", "use a 64-bit kernel from 5.10 on")
-        }
+        Err(error @ cgroup::Error::Ids { .. }) => Check::bad(
+            NAME,
+            Level::Fail,
+            error,
+            "workloads would get the identity of others",
+            "use a 64-bit kernel from 5.10 on",
+        ),
     }
 }
 
@@ -168,7 +172,11 @@ fn capabilities() -> Vec<Check> {
         (Capability::Bpf, Level::Fail, "no program or map can be loaded"),
         (Capability::Perfmon, Level::Fail, "programs that read kernel memory or trace will not load"),
         (Capability::NetAdmin, Level::Fail, "no hook can be attached, no connection cut"),
-        (Capability::SysAdmin, Level::Warn, "other network namespaces cannot be entered: containers are not inventoried, their live connections not cut"),
+        (
+            Capability::SysAdmin,
+            Level::Warn,
+            "other network namespaces cannot be entered: containers are not inventoried, their live connections not cut",
+        ),
         (Capability::SysPtrace, Level::Warn, "namespaces of processes of other users cannot be opened"),
         (Capability::NetRaw, Level::Warn, "rules with action reject drop silently"),
     ]
@@ -263,7 +271,8 @@ fn sock_inventory() -> Check {
         Ok(inventory) => {
             let missing: Vec<String> = inventory.missing.iter().map(ToString::to_string).collect();
             let what = format!("cannot be listed: {}", missing.join(", "));
-            let remedy = "none needed where the kernel has no such sockets; else load its diag modules (sctp_diag, vsock_diag)";
+            let remedy =
+                "none needed where the kernel has no such sockets; else load its diag modules (sctp_diag, vsock_diag)";
             Check::bad(NAME, Level::Warn, what, consequence, remedy)
         }
         Err(error) => Check::bad(NAME, Level::Warn, error, consequence, "use a kernel with CONFIG_INET_DIAG"),
@@ -286,11 +295,18 @@ fn watches() -> Check {
     let read = |name: &str| fs::read_to_string(format!("/proc/sys/fs/inotify/{name}")).ok()?.trim().parse::<u64>().ok();
     let (Some(watches), Some(instances)) = (read("max_user_watches"), read("max_user_instances")) else {
         let what = "/proc/sys/fs/inotify cannot be read";
-        return Check::bad(NAME, Level::Warn, what, "new cgroups may be found late", "use a kernel with CONFIG_INOTIFY_USER");
+        return Check::bad(
+            NAME,
+            Level::Warn,
+            what,
+            "new cgroups may be found late",
+            "use a kernel with CONFIG_INOTIFY_USER",
+        );
     };
     let what = format!("max_user_watches = {watches}, max_user_instances = {instances}");
     if watches < FEW_WATCHES || instances == 0 {
-        let consequence = "once they are used up, new cgroups are found by reading the tree every second instead of at once";
+        let consequence =
+            "once they are used up, new cgroups are found by reading the tree every second instead of at once";
         return Check::bad(NAME, Level::Warn, what, consequence, "sysctl -w fs.inotify.max_user_watches=65536");
     }
     Check::ok(NAME, what)

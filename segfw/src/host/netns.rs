@@ -176,7 +176,9 @@ pub fn survey_with(cookie: impl Fn() -> Result<u64, Error> + Send) -> Result<Sur
             }
             let cookie = cookie()?;
             match current_addresses() {
-                Ok(addresses) => survey.namespaces.push(Namespace { cookie, inode, addresses, pids, cgroups, mounts, own, fd }),
+                Ok(addresses) => {
+                    survey.namespaces.push(Namespace { cookie, inode, addresses, pids, cgroups, mounts, own, fd })
+                }
                 Err(error) => survey.skipped.push((first, format!("cannot list addresses: {error}"))),
             }
         }

@@ -204,9 +204,9 @@ pub fn socket_owners(inodes: &HashSet<u32>) -> io::Result<HashMap<u32, Vec<u32>>
     for pid in pids()? {
         let mut held = HashSet::new();
         for entry in fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
-            let inode = fs::read_link(entry.path()).ok().and_then(|link| {
-                link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse::<u32>().ok()
-            });
+            let inode = fs::read_link(entry.path())
+                .ok()
+                .and_then(|link| link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse::<u32>().ok());
             if let Some(inode) = inode.filter(|inode| inodes.contains(inode))
                 && held.insert(inode)
             {
@@ -279,7 +279,8 @@ mod tests {
                 nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
                 let private = nix::mount::MsFlags::MS_PRIVATE | nix::mount::MsFlags::MS_REC;
                 nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
-                nix::mount::mount(Some("none"), BPFFS, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>).unwrap();
+                nix::mount::mount(Some("none"), BPFFS, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>)
+                    .unwrap();
                 assert_eq!(ensure_bpffs().unwrap(), Bpffs::MountedNow);
                 assert_eq!(ensure_bpffs().unwrap(), Bpffs::Mounted);
             })

@@ -7,7 +7,8 @@
 use super::netns;
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send, setsockopt, socket, sockopt,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send, setsockopt, socket,
+    sockopt,
 };
 use nix::sys::time::TimeVal;
 use std::fmt;
@@ -53,8 +54,7 @@ const DESTROY_BATCH: usize = 128;
 const ANSWER_SECONDS_MAX: i64 = 5;
 
 /// Protocols an inventory asks for; what the kernel has no diag module for is in [`Inventory::missing`].
-const PROTOCOLS: [u16; 6] =
-    [Sock::TCP, Sock::UDP, Sock::UDPLITE, Sock::SCTP, Sock::DCCP, Sock::MPTCP];
+const PROTOCOLS: [u16; 6] = [Sock::TCP, Sock::UDP, Sock::UDPLITE, Sock::SCTP, Sock::DCCP, Sock::MPTCP];
 
 /// What goes wrong with a dump.
 #[derive(Debug, thiserror::Error)]
@@ -282,9 +282,26 @@ impl Sock {
 
 impl fmt::Debug for Sock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { protocol, raw, v6: _, v6only: _, state, local, remote, interface: _, cookie, inode, uid, cgroup, id: _ } = self;
+        let Self {
+            protocol,
+            raw,
+            v6: _,
+            v6only: _,
+            state,
+            local,
+            remote,
+            interface: _,
+            cookie,
+            inode,
+            uid,
+            cgroup,
+            id: _,
+        } = self;
         let raw = if *raw { "raw " } else { "" };
-        write!(f, "{raw}{protocol} {local} -> {remote} {state:?} cookie {cookie} inode {inode} uid {uid} cgroup {cgroup:?}")
+        write!(
+            f,
+            "{raw}{protocol} {local} -> {remote} {state:?} cookie {cookie} inode {inode} uid {uid} cgroup {cgroup:?}"
+        )
     }
 }
 
@@ -342,7 +359,8 @@ impl Diag {
 
     /// Opens one in the namespace of the calling thread.
     pub fn open_here() -> Result<Self, Error> {
-        let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?;
+        let socket =
+            socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?;
         // Only the kernel (port 0) may answer.
         connect(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(ANSWER_SECONDS_MAX, 0))?;
@@ -485,7 +503,12 @@ impl Diag {
     }
 
     /// Sends one dump request and gives every message's payload to `each`, without copying it.
-    fn dump(&mut self, what: What, request: &[u8], mut each: impl FnMut(&[u8]) -> Result<(), Error>) -> Result<(), Error> {
+    fn dump(
+        &mut self,
+        what: What,
+        request: &[u8],
+        mut each: impl FnMut(&[u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         self.sequence = self.sequence.wrapping_add(1);
         let mut out = Vec::with_capacity(HEADER + request.len());
         frame(&mut out, SOCK_DIAG_BY_FAMILY, (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16, self.sequence, request);
@@ -502,7 +525,9 @@ impl Diag {
                             (Some(error), _) => Err(error),
                             (None, 0) => Ok(()),
                             // No module for the family or the protocol: ENOENT, or EINVAL from MPTCP-less kernels.
-                            (None, libc::ENOENT | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT) => Err(Error::Unsupported(what)),
+                            (None, libc::ENOENT | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT) => {
+                                Err(Error::Unsupported(what))
+                            }
                             (None, libc::EINVAL) if kind == libc::NLMSG_ERROR => Err(Error::Unsupported(what)),
                             (None, errno) => Err(io::Error::from_raw_os_error(errno).into()),
                         };
@@ -668,7 +693,8 @@ impl<'a> Iterator for Messages<'a> {
     fn next(&mut self) -> Option<Self::Item> {
         let length = u32_at(self.0, 0).ok()? as usize;
         let payload = self.0.get(HEADER..length)?;
-        let message = Message { kind: u16::from_ne_bytes(array(self.0, 4).ok()?), sequence: u32_at(self.0, 8).ok()?, payload };
+        let message =
+            Message { kind: u16::from_ne_bytes(array(self.0, 4).ok()?), sequence: u32_at(self.0, 8).ok()?, payload };
         self.0 = self.0.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some(message)
     }
@@ -719,7 +745,13 @@ mod tests {
         let mut length = 8;
         // SAFETY: both live through the call, and 8 is the size of `cookie`.
         let result = unsafe {
-            libc::getsockopt(socket.as_fd().as_raw_fd(), libc::SOL_SOCKET, libc::SO_COOKIE, (&raw mut cookie).cast(), &raw mut length)
+            libc::getsockopt(
+                socket.as_fd().as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_COOKIE,
+                (&raw mut cookie).cast(),
+                &raw mut length,
+            )
         };
         assert_eq!(result, 0);
         cookie
@@ -762,7 +794,10 @@ mod tests {
         });
 
         let inventory = Diag::open(&namespace).unwrap().inventory().unwrap();
-        println!("not listed by this kernel: {}", inventory.missing.iter().map(What::to_string).collect::<Vec<_>>().join(", "));
+        println!(
+            "not listed by this kernel: {}",
+            inventory.missing.iter().map(What::to_string).collect::<Vec<_>>().join(", ")
+        );
         let inet = &inventory.inet;
         let found = find(inet, cookie_of(&listener));
         assert_eq!((found.protocol, found.state, found.cgroup), (Sock::TCP, State::Listen, Some(own)));
@@ -881,12 +916,14 @@ mod tests {
 
     #[test]
     fn reads_proc_net_raw() {
-        let line = "  89: 0100007F:0059 00000000:0000 07 00000000:00000000 00:00000000 00000000     7        0 4711 2 0 0";
+        let line =
+            "  89: 0100007F:0059 00000000:0000 07 00000000:00000000 00:00000000 00000000     7        0 4711 2 0 0";
         let sock = parse_raw_line(line, false).unwrap();
         assert_eq!((sock.protocol, sock.inode, sock.uid, sock.state), (89, 4_711, 7, State::Close));
         #[cfg(target_endian = "little")]
         assert_eq!(sock.local.ip(), Ipv4Addr::LOCALHOST);
-        let line = "  58: 00000000000000000000000001000000:003A 00000000000000000000000000000000:0000 07 0:0 00:0 0 0 0 12 2 0 0";
+        let line = "  58: 00000000000000000000000001000000:003A \
+             00000000000000000000000000000000:0000 07 0:0 00:0 0 0 0 12 2 0 0";
         let sock = parse_raw_line(line, true).unwrap();
         assert_eq!(sock.protocol, 58);
         #[cfg(target_endian = "little")]
