@@ -175,7 +175,7 @@ fn capabilities() -> Vec<Check> {
         (
             Capability::SysAdmin,
             Level::Warn,
-            "other network namespaces cannot be entered: containers are not inventoried, their live connections not cut",
+            "other network namespaces cannot be entered: containers not inventoried, their live connections not cut",
         ),
         (Capability::SysPtrace, Level::Warn, "namespaces of processes of other users cannot be opened"),
         (Capability::NetRaw, Level::Warn, "rules with action reject drop silently"),
