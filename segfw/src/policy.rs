@@ -2,8 +2,10 @@
 //!
 //! `document` (YAML as written, with positions) → `resolve` → [`HostPolicy`] → `compile` → [`Tables`].
 
+pub mod compile;
 pub mod host_policy;
 pub mod tables;
+pub mod window;
 
 pub use host_policy::HostPolicy;
 pub use tables::Tables;
