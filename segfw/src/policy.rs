@@ -4,8 +4,10 @@
 
 pub mod compile;
 pub mod host_policy;
+#[doc(hidden)]
+pub mod oracle;
 pub mod tables;
 pub mod window;
 
 pub use host_policy::HostPolicy;
-pub use tables::Tables;
+pub use tables::{Tables, TablesView};

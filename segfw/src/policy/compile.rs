@@ -1392,3 +1392,6 @@ fn judge(rules: &[&Prepared], when: When, direction: Direction, fallback: Outcom
         Some(_) | None => fallback,
     }
 }
+
+#[cfg(test)]
+mod tests;
