@@ -446,7 +446,8 @@ impl World {
                 ..segment(&name, "")
             });
         }
-        for i in 0..rng.below(9) {
+        let most = if rng.one_in(4) { 30 } else { 9 };
+        for i in 0..rng.below(most) {
             let rule = random_rule(rng, &policy, i as u32);
             policy.rules.push(rule);
         }
@@ -483,6 +484,7 @@ fn random_rule(rng: &mut Rng, policy: &HostPolicy, index: u32) -> Rule {
     let peers = |rng: &mut Rng| {
         (0..1 + rng.below(2))
             .map(|_| match rng.below(9) {
+                0 if rng.one_in(2) => PeerSpec::Any,
                 0..=3 => PeerSpec::Segment(rng.below(policy.segments.len())),
                 4 => PeerSpec::Select(selector(rng)),
                 5 => PeerSpec::Addresses(nets(rng)),
@@ -494,7 +496,8 @@ fn random_rule(rng: &mut Rng, policy: &HostPolicy, index: u32) -> Rule {
             .collect::<Vec<_>>()
     };
     let protos = [Proto::Tcp, Proto::Tcp, Proto::Tcp, Proto::Udp, Proto::Icmp, Proto::Icmpv6, Proto::Sctp, Proto::Dccp];
-    let ports = (0..rng.below(4))
+    let count = rng.below(4) * rng.below(2);
+    let ports = (0..count)
         .map(|_| {
             let (first, last) = *rng.pick(&PORTS);
             PortSpec { proto: *rng.pick(&protos), first, last }
@@ -540,10 +543,18 @@ fn random_case(rng: &mut Rng, world: &World) -> Case {
         // Or a set that no rule can have seen: matched by `any` alone.
         known.map_or(Who::Kernel, Who::Labels)
     };
-    let local = if rng.one_in(10) || world.local.is_empty() {
-        Who::Unresolved
-    } else {
-        Who::Labels(rng.pick(&world.local).clone())
+    let in_segment = |labels: &&Labels| {
+        world.policy.segments.iter().any(|s| match &s.members {
+            Members::Workloads(selector) => selector.matches(labels),
+            Members::Addresses(_) => false,
+        })
+    };
+    let enforced: Vec<&Labels> = world.local.iter().filter(in_segment).collect();
+    let local = match rng.below(12) {
+        0 => Who::Unresolved,
+        1 if !world.local.is_empty() => Who::Labels(rng.pick(&world.local).clone()),
+        _ if enforced.is_empty() => Who::Unresolved,
+        _ => Who::Labels((*rng.pick(&enforced)).clone()),
     };
     let peer = match rng.below(9) {
         0..=3 => labels(rng, world),
