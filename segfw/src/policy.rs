@@ -3,6 +3,7 @@
 //! `document` (YAML as written, with positions) → `resolve` → [`HostPolicy`] → `compile` → [`Tables`].
 
 pub mod compile;
+pub mod explain;
 pub mod host_policy;
 #[doc(hidden)]
 pub mod oracle;

@@ -154,7 +154,7 @@ impl From<&IpNet> for Net {
 }
 
 /// Host bits zero, and an IPv4 prefix in IPv4 clothes however it was written.
-fn plain(net: &IpNet) -> IpNet {
+pub(super) fn plain(net: &IpNet) -> IpNet {
     if let IpNet::V6(v6) = net
         && v6.prefix_len() >= 96
         && let Some(v4) = v6.network().to_ipv4_mapped()
