@@ -7,6 +7,7 @@ pub mod explain;
 pub mod host_policy;
 #[doc(hidden)]
 pub mod oracle;
+pub mod plan;
 pub mod tables;
 pub mod window;
 

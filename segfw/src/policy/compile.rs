@@ -34,14 +34,18 @@
 //! give the base; a remote group is looked at only where a rule names it, and there only in the protocols and port
 //! classes that such a rule names. An entry is emitted where the less specific keys would answer differently.
 
-use super::host_policy::{HostPolicy, Labels, Members, OnRevoke, PeerSpec, PortSpec, Position, Requirement, Rule, RuleAction};
+use super::host_policy::{
+    HostPolicy, Labels, Members, OnRevoke, PeerSpec, PortSpec, Position, Requirement, Rule, RuleAction,
+};
 use super::host_policy::{Schedule, Selector, Tier};
 use super::tables::{IdentityName, Numbers, RuleName, Tables};
 use super::window;
 use ipnet::{IpNet, Ipv4Net};
 use jiff::Timestamp;
 use segfw_common::rule::{CLASS_ANY, PrefixKey};
-use segfw_common::{Action, Addr, Direction, Evidence, Identity, LocalEntry, Proto, Reason, RuleEntry, RuleKey, bounds};
+use segfw_common::{
+    Action, Addr, Direction, Evidence, Identity, LocalEntry, Proto, Reason, RuleEntry, RuleKey, bounds,
+};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr};
@@ -118,7 +122,7 @@ pub fn compile(
     let specs = Specs::new(policy, &nodes);
     let groups = Groups::new(&specs, nodes.all.len());
     let program = Program::new(policy, &specs, &groups, &nodes, numbers, clock);
-    let (classes, ports) = program.port_classes(policy)?;
+    let (classes, ports) = program.port_classes()?;
     tables.classes = classes;
     Emitter { policy, nodes: &nodes, groups: &groups, program: &program, ports: &ports, clock }.run(tables)
 }
@@ -575,8 +579,8 @@ struct Prepared {
 struct Touch {
     group: u32,
     direction: Direction,
-    /// Ascending: in order of precedence.
-    rules: Vec<u32>,
+    /// Those that name it, ascending: in order of precedence. The rules for `any` come on top.
+    named: Vec<u32>,
 }
 
 /// The unresolved identity as a local end: no group holds it.
@@ -589,6 +593,8 @@ struct Program<'a> {
     /// Distinct port lists.
     port_lists: Vec<&'a [PortSpec]>,
     touches: Vec<Touch>,
+    /// Rules whose local end is `any`, by direction.
+    any: [Vec<u32>; 2],
 }
 
 impl<'a> Program<'a> {
@@ -601,6 +607,7 @@ impl<'a> Program<'a> {
         clock: Clock,
     ) -> Self {
         let mut touches = Vec::new();
+        let mut any = [Vec::new(), Vec::new()];
         for direction in [Direction::Ingress, Direction::Egress] {
             let sides = match direction {
                 Direction::Ingress => &specs.to,
@@ -624,24 +631,26 @@ impl<'a> Program<'a> {
                 if !enforced(policy, group, nodes) {
                     continue;
                 }
-                let mut rules = of_any.clone();
-                rules.extend(group.specs.iter().flat_map(|s| &of_spec[*s as usize]));
-                rules.sort_unstable();
-                rules.dedup();
-                touches.push(Touch { group: i as u32, direction, rules });
+                let mut named: Vec<u32> = group.specs.iter().flat_map(|s| &of_spec[*s as usize]).copied().collect();
+                named.sort_unstable();
+                named.dedup();
+                touches.push(Touch { group: i as u32, direction, named });
             }
             if denies_unresolved(policy) {
-                touches.push(Touch { group: UNRESOLVED_GROUP, direction, rules: of_unresolved });
+                touches.push(Touch { group: UNRESOLVED_GROUP, direction, named: of_unresolved });
             }
+            any[direction as usize] = of_any;
         }
-        let mut program = Self { specs, rules: Vec::new(), port_lists: Vec::new(), touches };
+        let mut program = Self { specs, rules: Vec::new(), port_lists: Vec::new(), touches, any };
         program.prepare(policy, numbers, clock);
         program
     }
 
     fn prepare(&mut self, policy: &'a HostPolicy, numbers: &mut Numbers, clock: Clock) {
         let mut relevant = vec![false; policy.rules.len()];
-        for rule in self.touches.iter().flat_map(|t| &t.rules) {
+        let known = self.touches.iter().any(|t| t.group != UNRESOLVED_GROUP);
+        let for_any = self.any.iter().flatten().filter(|_| known);
+        for rule in self.touches.iter().flat_map(|t| &t.named).chain(for_any) {
             relevant[*rule as usize] = true;
         }
         let mut known_ports: HashMap<&[PortSpec], u32> = HashMap::new();
@@ -657,7 +666,8 @@ impl<'a> Program<'a> {
             });
             let schedule = rule.schedule.as_ref().map(|schedule| {
                 let same_text = known_windows.entry(&schedule.text).or_default();
-                let known = same_text.iter().position(|(s, _)| s.windows == schedule.windows && s.zone == schedule.zone);
+                let known =
+                    same_text.iter().position(|(s, _)| s.windows == schedule.windows && s.zone == schedule.zone);
                 let known = known.unwrap_or_else(|| {
                     let count = 2 * bounds::TIMELINE_HOPS as usize;
                     same_text.push((schedule, window::next_boundaries(schedule, clock.wall, count)));
@@ -673,7 +683,9 @@ impl<'a> Program<'a> {
             let quiet = if rule.log { 0 } else { RuleEntry::NO_LOG };
             let demand = match rule.require {
                 Evidence::None => 0,
-                e @ (Evidence::Prefix | Evidence::Address | Evidence::Endpoint | Evidence::Origin) => RuleEntry::demand(e),
+                e @ (Evidence::Prefix | Evidence::Address | Evidence::Endpoint | Evidence::Origin) => {
+                    RuleEntry::demand(e)
+                }
             };
             self.rules.push(Some(Prepared {
                 number: numbers.rule(&rule.policy, &rule.name),
@@ -687,13 +699,23 @@ impl<'a> Program<'a> {
         }
     }
 
+    /// Every rule that touches a local group, in order of precedence.
+    fn rules_of(&self, touch: &Touch) -> Vec<u32> {
+        let mut rules = touch.named.clone();
+        if touch.group != UNRESOLVED_GROUP {
+            rules.extend(&self.any[touch.direction as usize]);
+            rules.sort_unstable();
+            rules.dedup();
+        }
+        rules
+    }
+
     fn rule(&self, index: u32) -> Option<&Prepared> {
         self.rules.get(index as usize).and_then(Option::as_ref)
     }
 
     /// The class tables, and each port list in classes.
-    fn port_classes(&self, policy: &HostPolicy) -> Result<(Vec<Vec<u16>>, Vec<Ports>), Vec<CompileProblem>> {
-        let _ = policy;
+    fn port_classes(&self) -> Result<(Vec<Vec<u16>>, Vec<Ports>), Vec<CompileProblem>> {
         let mut ports: Vec<Ports> = Vec::with_capacity(self.port_lists.len());
         // By protocol: the edges of every list, as (first port, the list's sign).
         let mut edges: Vec<Vec<(u32, u128)>> = vec![Vec::new(); Proto::COUNT as usize];
@@ -946,8 +968,9 @@ impl Emitter<'_> {
         let mut out = Output::default();
         let mut scratch: Vec<Vec<u32>> = vec![Vec::new(); self.groups.all.len()];
         for touch in &self.program.touches {
-            let mut local = self.local_entry(touch);
-            let base = self.touch(touch, &mut local, &mut out, &mut scratch);
+            let rules = self.program.rules_of(touch);
+            let mut local = self.local_entry(touch, &rules);
+            let base = self.touch(touch, &rules, &mut local, &mut out, &mut scratch);
             for identity in base.locals {
                 let entry = tables.locals.entry(identity).or_insert(local);
                 entry.flags |= local.flags;
@@ -1003,9 +1026,10 @@ impl Emitter<'_> {
     }
 
     /// Without the levels.
-    fn local_entry(&self, touch: &Touch) -> LocalEntry {
+    fn local_entry(&self, touch: &Touch, rules: &[u32]) -> LocalEntry {
         let deny = Action::Deny as u8;
-        let mut entry = LocalEntry { default: [deny, deny], grants: self.grants(touch), ..LocalEntry::default() };
+        let mut entry =
+            LocalEntry { default: [deny, deny], grants: self.grants(touch.direction, rules), ..LocalEntry::default() };
         let Some(group) = self.groups.all.get(touch.group as usize) else {
             entry.default_reason = Reason::UnresolvedLocal as u8;
             return entry;
@@ -1026,16 +1050,16 @@ impl Emitter<'_> {
         entry
     }
 
-    fn grants(&self, touch: &Touch) -> u32 {
+    fn grants(&self, direction: Direction, rules: &[u32]) -> u32 {
         let mut grants = 0;
-        for rule in touch.rules.iter().filter_map(|r| self.program.rule(*r)) {
+        for rule in rules.iter().filter_map(|r| self.program.rule(*r)) {
             let over = rule.timing.as_ref().is_some_and(|t| t.boundaries.is_empty() && t.states == [State::Expired]);
             if !matches!(rule.action, RuleAction::Allow) || rule.monitor || over {
                 continue;
             }
             let named = self.ports.get(rule.ports as usize).map_or(0, |p| p.named);
             for proto in Proto::ALL.into_iter().filter(|p| named & (1 << *p as u8) != 0) {
-                grants |= match (proto, touch.direction) {
+                grants |= match (proto, direction) {
                     (Proto::Sctp, _) => LocalEntry::GRANT_SCTP,
                     (Proto::UdpLite, _) => LocalEntry::GRANT_UDPLITE,
                     (Proto::Dccp, _) => LocalEntry::GRANT_DCCP,
@@ -1048,7 +1072,14 @@ impl Emitter<'_> {
         grants
     }
 
-    fn touch(&self, touch: &Touch, local: &mut LocalEntry, out: &mut Output, scratch: &mut [Vec<u32>]) -> Base {
+    fn touch(
+        &self,
+        touch: &Touch,
+        rules: &[u32],
+        local: &mut LocalEntry,
+        out: &mut Output,
+        scratch: &mut [Vec<u32>],
+    ) -> Base {
         let direction = touch.direction;
         let group = self.groups.all.get(touch.group as usize);
         let locals = match group {
@@ -1064,7 +1095,7 @@ impl Emitter<'_> {
 
         // Sort the rules by who is at the other end.
         let (mut any, mut unresolved, mut named) = (Vec::new(), Vec::new(), Vec::new());
-        for rule in &touch.rules {
+        for rule in rules {
             let side = match direction {
                 Direction::Ingress => &self.program.specs.from[*rule as usize],
                 Direction::Egress => &self.program.specs.to[*rule as usize],
@@ -1195,7 +1226,13 @@ impl Emitter<'_> {
     }
 
     /// The answer of an ordered list of rules, now and later.
-    fn answer(&self, lists: [&[(u8, u16, u32)]; 4], base: &Base, apart: Option<Outcome>, out: &mut Output) -> RuleEntry {
+    fn answer(
+        &self,
+        lists: [&[(u8, u16, u32)]; 4],
+        base: &Base,
+        apart: Option<Outcome>,
+        out: &mut Output,
+    ) -> RuleEntry {
         let fallback = apart.unwrap_or(base.default);
         let mut rules: Vec<&Prepared> = Vec::new();
         let (mut limited, mut passed) = (false, None);
@@ -1233,7 +1270,8 @@ impl Emitter<'_> {
                 break;
             }
             let entry = entry_at(rules, When::At(t), direction, fallback);
-            let next = timings().filter_map(|x| x.boundaries.get(x.boundaries.partition_point(|b| *b <= t))).min().copied();
+            let next =
+                timings().filter_map(|x| x.boundaries.get(x.boundaries.partition_point(|b| *b <= t))).min().copied();
             let until = match (next, known) {
                 (Some(next), Some(known)) => Some(next.min(known)),
                 (next, known) => next.or(known),
@@ -1393,5 +1431,7 @@ fn judge(rules: &[&Prepared], when: When, direction: Direction, fallback: Outcom
     }
 }
 
+#[cfg(test)]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

@@ -293,7 +293,11 @@ impl<'a> Asker<'a> {
 
     fn rule(&self, number: u32) -> Option<RuleRef> {
         let RuleName { policy, rule, at, .. } = self.tables.rule_names.get(&number)?;
-        Some(RuleRef { policy: policy.clone(), rule: rule.clone(), at: format!("{}:{}:{}", at.file, at.line, at.column) })
+        Some(RuleRef {
+            policy: policy.clone(),
+            rule: rule.clone(),
+            at: format!("{}:{}:{}", at.file, at.line, at.column),
+        })
     }
 
     fn evidence_text(&self, who: &Who, evidence: Evidence) -> String {
@@ -303,7 +307,9 @@ impl<'a> Asker<'a> {
                 let name = self.tables.identities.get(&identity(self.tables, who));
                 match name {
                     Some(IdentityName::Prefix(net)) => format!("the longest prefix that a policy names is {net}"),
-                    Some(IdentityName::Reserved(_) | IdentityName::Labels(_)) | None => "a prefix that a policy names".into(),
+                    Some(IdentityName::Reserved(_) | IdentityName::Labels(_)) | None => {
+                        "a prefix that a policy names".into()
+                    }
                 }
             }
             Evidence::Address => "the exact address is known".into(),
@@ -320,7 +326,8 @@ impl<'a> Asker<'a> {
         let rules = self.policy.rules.iter().filter(|r| {
             !is(r, decided) && stands(self.policy, &r.from, source) && stands(self.policy, &r.to, destination)
         });
-        let policy = HostPolicy { segments: self.policy.segments.clone(), rules: rules.cloned().collect(), monitor: false };
+        let policy =
+            HostPolicy { segments: self.policy.segments.clone(), rules: rules.cloned().collect(), monitor: false };
         let labels = |end: &End| match &end.who {
             Who::Labels(labels) => vec![labels.clone()],
             Who::Address(_) | Who::Host | Who::Unresolved => vec![],
@@ -371,7 +378,8 @@ impl<'a> Asker<'a> {
         let from = stands(self.policy, &rule.from, &q.source.who);
         let to = stands(self.policy, &rule.to, &q.destination.who);
         if !from || !to {
-            let reversed = stands(self.policy, &rule.from, &q.destination.who) && stands(self.policy, &rule.to, &q.source.who);
+            let reversed =
+                stands(self.policy, &rule.from, &q.destination.who) && stands(self.policy, &rule.to, &q.source.who);
             let (local, peer) = match direction {
                 Direction::Ingress => (to, from),
                 Direction::Egress => (from, to),
@@ -379,12 +387,18 @@ impl<'a> Asker<'a> {
             let (this, other) = self.ends(direction);
             match (reversed, local, peer) {
                 (true, _, _) => differ(&mut differs, What::Direction, "the rule allows the other direction".into()),
-                (false, true, false) => differ(&mut differs, What::Peer, format!("the rule does not name {}", who_text(&other.who))),
-                (false, false, true) => differ(&mut differs, What::Local, format!("the rule does not name {}", who_text(&this.who))),
+                (false, true, false) => {
+                    differ(&mut differs, What::Peer, format!("the rule does not name {}", who_text(&other.who)))
+                }
+                (false, false, true) => {
+                    differ(&mut differs, What::Local, format!("the rule does not name {}", who_text(&this.who)))
+                }
                 (false, _, _) => return None,
             }
         }
-        if !(rule.ports.is_empty() || rule.ports.iter().any(|p| p.proto == q.proto && (p.first..=p.last).contains(&q.port))) {
+        if !(rule.ports.is_empty()
+            || rule.ports.iter().any(|p| p.proto == q.proto && (p.first..=p.last).contains(&q.port)))
+        {
             let ports: Vec<String> = rule.ports.iter().map(port_text).collect();
             differ(&mut differs, What::Port, format!("the rule is about {}", ports.join(", ")));
         }
@@ -399,13 +413,18 @@ impl<'a> Asker<'a> {
         }
         match (decided, self.policy.rules.get(decided.unwrap_or(usize::MAX))) {
             (Some(at), Some(other)) if at < index => {
-                let order = format!("{}/{} comes first (tier {:?}, priority {})", other.policy, other.name, other.tier, other.priority);
+                let order = format!(
+                    "{}/{} comes first (tier {:?}, priority {})",
+                    other.policy, other.name, other.tier, other.priority
+                );
                 differ(&mut differs, What::Order, order);
             }
             _ => (),
         }
         let (_, other) = self.ends(direction);
-        if decision.reason == Reason::NotAuthenticated && self.tables.rule_names.get(&decision.rule).is_some_and(|n| is(rule, n)) {
+        if decision.reason == Reason::NotAuthenticated
+            && self.tables.rule_names.get(&decision.rule).is_some_and(|n| is(rule, n))
+        {
             let because = format!("the rule needs evidence of {}: {}", who_text(&other.who), rule.require.as_str());
             differ(&mut differs, What::Evidence, because);
         }
@@ -501,3 +520,6 @@ fn protocol(proto: Proto, port: u16) -> u16 {
         Proto::Other => port,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -112,7 +112,9 @@ mod tests {
         let b = next_boundaries(&s, ts("2026-11-01T00:00:00Z"), 4);
         assert!(!b.open);
         let want: Vec<_> =
-            ["2026-11-02T07:00:00Z", "2026-11-02T17:00:00Z", "2026-11-09T07:00:00Z", "2026-11-09T17:00:00Z"].map(ts).to_vec();
+            ["2026-11-02T07:00:00Z", "2026-11-02T17:00:00Z", "2026-11-09T07:00:00Z", "2026-11-09T17:00:00Z"]
+                .map(ts)
+                .to_vec();
         assert_eq!(b.at, want);
         assert_eq!(b.horizon, Some(want[3]));
     }
@@ -124,7 +126,8 @@ mod tests {
         assert_eq!(next_boundaries(&s, ts("2026-03-28T00:00:00Z"), 1).at, [ts("2026-04-05T00:00:00Z")]);
         // 25 October 2026: 03:00 → 02:00. A window within the repeated hour opens twice.
         let s = schedule("Europe/Amsterdam", &[(7, 2 * 3600 + 900, 2 * 3600 + 1800)]);
-        let want = ["2026-10-25T00:15:00Z", "2026-10-25T00:30:00Z", "2026-10-25T01:15:00Z", "2026-10-25T01:30:00Z"].map(ts);
+        let want =
+            ["2026-10-25T00:15:00Z", "2026-10-25T00:30:00Z", "2026-10-25T01:15:00Z", "2026-10-25T01:30:00Z"].map(ts);
         assert_eq!(next_boundaries(&s, ts("2026-10-24T00:00:00Z"), 4).at, want);
     }
 
@@ -148,8 +151,10 @@ mod tests {
     #[test]
     fn agrees_with_the_wall_clock() {
         for zone in ["Europe/Amsterdam", "America/New_York", "Australia/Lord_Howe", "UTC", "America/Havana"] {
-            let s = schedule(zone, &[(7, 0, 5400), (7, 6000, 9000), (1, 80_000, 86_400), (6, 82_800, 86_400), (4, 1, 59)]);
-            for from in ["2026-03-05T10:07:00Z", "2026-03-26T00:00:00Z", "2026-10-01T00:00:00Z", "2026-10-29T23:59:59Z"] {
+            let s =
+                schedule(zone, &[(7, 0, 5400), (7, 6000, 9000), (1, 80_000, 86_400), (6, 82_800, 86_400), (4, 1, 59)]);
+            for from in ["2026-03-05T10:07:00Z", "2026-03-26T00:00:00Z", "2026-10-01T00:00:00Z", "2026-10-29T23:59:59Z"]
+            {
                 let from = ts(from);
                 let b = next_boundaries(&s, from, 20);
                 let horizon = b.horizon.unwrap();
