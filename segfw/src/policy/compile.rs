@@ -715,7 +715,7 @@ impl<'a> Program<'a> {
     }
 
     /// The class tables, and each port list in classes.
-    fn port_classes(&self) -> Result<(Vec<Vec<u16>>, Vec<Ports>), Vec<CompileProblem>> {
+    fn port_classes(&self) -> Result<(ClassTables, Vec<Ports>), Vec<CompileProblem>> {
         let mut ports: Vec<Ports> = Vec::with_capacity(self.port_lists.len());
         // By protocol: the edges of every list, as (first port, the list's sign).
         let mut edges: Vec<Vec<(u32, u128)>> = vec![Vec::new(); Proto::COUNT as usize];
@@ -791,6 +791,9 @@ impl<'a> Program<'a> {
         Ok((tables, ports))
     }
 }
+
+/// By protocol: 65,536 classes each.
+type ClassTables = Vec<Vec<u16>>;
 
 /// A port list in classes.
 struct Ports {

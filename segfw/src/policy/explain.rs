@@ -489,14 +489,17 @@ fn who_text(who: &Who) -> String {
 fn port_text(port: &PortSpec) -> String {
     let PortSpec { proto, first, last } = *port;
     let name = proto.as_str();
-    match proto {
-        Proto::Icmp | Proto::Icmpv6 if first == last => format!("{name}/{}:{}", first >> 8, first & 255),
-        Proto::Icmp | Proto::Icmpv6 if first & 255 == 0 && last == first | 255 => format!("{name}/{}", first >> 8),
-        Proto::Tcp | Proto::Udp | Proto::Sctp | Proto::UdpLite | Proto::Dccp | Proto::Other if first == last => {
-            format!("{name}/{first}")
+    if first == 0 && last == u16::MAX {
+        return name.to_owned();
+    }
+    match (proto, first == last) {
+        (Proto::Icmp | Proto::Icmpv6, true) => format!("{name}/{}:{}", first >> 8, first & 255),
+        // One type with every code.
+        (Proto::Icmp | Proto::Icmpv6, false) if first & 255 == 0 && last == first | 255 => {
+            format!("{name}/{}", first >> 8)
         }
-        _ if first == 0 && last == u16::MAX => name.to_owned(),
-        _ => format!("{name}/{first}-{last}"),
+        (_, true) => format!("{name}/{first}"),
+        (_, false) => format!("{name}/{first}-{last}"),
     }
 }
 

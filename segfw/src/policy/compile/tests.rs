@@ -149,6 +149,47 @@ fn a_limited_deny_stays_beyond_the_horizon() {
     assert_eq!(at("2030-01-01T12:00:00Z"), Verdict::Denied);
 }
 
+/// More changes than the kernel walks: exact up to the horizon, refused after it, and the agent is told before it.
+#[test]
+fn a_timeline_that_is_too_long_ends_strictly() {
+    let start: Timestamp = WALL.parse().unwrap();
+    let after = |minutes: i64| start + jiff::SignedDuration::from_mins(minutes);
+    // Minute by minute: deny, allow, deny, allow ...
+    let texts: Vec<String> = (0..40)
+        .map(|i| format!("{} web -> db tcp/1 until={}", ["deny", "allow"][i % 2], after(i as i64 + 1)))
+        .chain(["allow web -> db".into()])
+        .collect();
+    let policy = policy(&texts.iter().map(String::as_str).collect::<Vec<_>>());
+    let (tables, numbers) = compiled(&policy, &["app=db"], &["app=web"]);
+    let base = case("app=db", Direction::Ingress, who("app=web"), "tcp/1");
+    let parts = bounds::TIMELINE_HOPS as i64;
+    for minute in 0..60 {
+        let case = Case { at: after(minute), ..base.clone() };
+        let d = ask(&tables, &numbers, &case, Evidence::Origin, 0);
+        if minute < parts - 1 {
+            let want = expected(&policy, &numbers, &case, Evidence::Origin, false);
+            assert_eq!(Decision { until: 0, drain_ns: 0, ..d }, want, "minute {minute}");
+        } else {
+            // The limited denies stay; the last allow, which has no limit, comes after them.
+            assert_eq!((d.verdict, d.until), (Verdict::Denied, 0), "minute {minute}");
+        }
+    }
+    assert_eq!(tables.timeline.len() as i64, parts - 1);
+    assert!(tables.refresh_at.unwrap() < clock().boot(after(parts - 1).as_nanosecond()));
+}
+
+#[test]
+fn a_demand_is_made_at_ingress_only() {
+    let policy = policy(&["allow web -> db require=origin quiet"]);
+    let (tables, _) = compiled(&policy, &["app=db", "app=web"], &[]);
+    let by_rule: Vec<_> = tables.rules.iter().filter(|(_, e)| e.rule == 1).collect();
+    assert_eq!(by_rule.len(), 16);
+    for (key, entry) in by_rule {
+        let demand = if key.direction == Direction::Ingress as u8 { RuleEntry::demand(Evidence::Origin) } else { 0 };
+        assert_eq!(entry.flags, demand | RuleEntry::NO_LOG);
+    }
+}
+
 #[test]
 fn segments_combine_strictly() {
     let mut policy = policy(&["allow db -> any icmp/2048-2303", "allow any -> db sctp/9", "allow any -> db"]);
@@ -400,7 +441,8 @@ fn random_rule(rng: &mut Rng, policy: &HostPolicy, index: u32) -> Rule {
             PortSpec { proto: *rng.pick(&protos), first, last }
         })
         .collect();
-    let schedules: [(&str, &[(u8, u32, u32)]); 4] = [
+    type Windows = [(u8, u32, u32)];
+    let schedules: [(&str, &Windows); 4] = [
         ("Europe/Amsterdam", &[(1, 36_000, 39_600), (2, 0, 86_400)]),
         ("UTC", &[(1, 33_000, 43_200), (3, 100, 200)]),
         ("America/New_York", &[(7, 0, 86_400), (1, 0, 21_600)]),
@@ -478,11 +520,10 @@ fn random_case(rng: &mut Rng, world: &World) -> Case {
         _ => Who::Unresolved,
     };
     let proto = if rng.one_in(2) { Proto::Tcp } else { *rng.pick(&Proto::ALL) };
-    let port = match proto {
-        Proto::Other => *rng.pick(&[2, 47, 50, 89, 103]),
-        Proto::Icmpv6 => *rng.pick(&PROBES),
-        _ if rng.one_in(4) => rng.next() as u16,
-        _ => *rng.pick(&PROBES),
+    let port = match (proto == Proto::Other, rng.one_in(4)) {
+        (true, _) => *rng.pick(&[2, 47, 50, 89, 103]),
+        (false, true) => rng.next() as u16,
+        (false, false) => *rng.pick(&PROBES),
     };
     let times = [
         WALL,
