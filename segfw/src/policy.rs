@@ -2,8 +2,14 @@
 //!
 //! `document` (YAML as written, with positions) → `resolve` → [`HostPolicy`] → `compile` → [`Tables`].
 
+pub mod compile;
+pub mod explain;
 pub mod host_policy;
+#[doc(hidden)]
+pub mod oracle;
+pub mod plan;
 pub mod tables;
+pub mod window;
 
 pub use host_policy::HostPolicy;
-pub use tables::Tables;
+pub use tables::{Tables, TablesView};

@@ -3,7 +3,8 @@
 use super::host_policy::{Labels, Position};
 use ipnet::IpNet;
 use segfw_common::rule::PrefixKey;
-use segfw_common::{Identity, LocalEntry, RuleEntry, RuleKey};
+use segfw_common::{Addr, Identity, LocalEntry, Lookup, Proto, RuleEntry, RuleKey};
+use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 
 /// One generation as plain data. Equal input gives equal tables, to the byte.
@@ -79,13 +80,137 @@ pub fn canonical(labels: &Labels) -> String {
 }
 
 impl Tables {
-    /// Digest of everything the kernel gets. (Placeholder until the compiler's own lands.)
+    /// A digest of everything the kernel gets, and of nothing else: what is read back from the maps gives the same.
     pub fn digest(&self) -> [u8; 32] {
-        use sha2::Digest;
-        sha2::Sha256::digest(format!(
-            "{:?}{:?}{:?}{:?}{:?}",
-            self.rules, self.timeline, self.locals, self.prefixes, self.classes
-        ))
-        .into()
+        let mut digest = Digest { sha: Sha256::new(), buffer: Vec::with_capacity(Digest::CHUNK + 64) };
+        digest.section(b"rules", self.rules.len());
+        for (key, entry) in &self.rules {
+            digest.key(key);
+            digest.entry(entry);
+        }
+        digest.section(b"timeline", self.timeline.len());
+        for entry in &self.timeline {
+            digest.entry(entry);
+        }
+        digest.section(b"locals", self.locals.len());
+        for (identity, local) in &self.locals {
+            let LocalEntry { drain_ns, flags, grants, default, default_reason, pad: _ } = local;
+            digest.put(&identity.0.to_le_bytes());
+            digest.put(&drain_ns.to_le_bytes());
+            digest.put(&flags.to_le_bytes());
+            digest.put(&grants.to_le_bytes());
+            digest.put(&[default[0], default[1], *default_reason]);
+        }
+        digest.section(b"prefixes", self.prefixes.len());
+        for (PrefixKey { bits, addr }, identity) in &self.prefixes {
+            digest.put(&bits.to_le_bytes());
+            digest.put(&addr.octets());
+            digest.put(&identity.0.to_le_bytes());
+        }
+        digest.section(b"classes", self.classes.len());
+        for class in self.classes.iter().flatten() {
+            digest.put(&class.to_le_bytes());
+        }
+        digest.finish()
+    }
+
+    /// The number of a label set or prefix, where these tables know it.
+    pub fn identity_of(&self, name: &IdentityName) -> Option<Identity> {
+        self.identities.iter().find(|(_, n)| *n == name).map(|(id, _)| *id)
+    }
+
+    /// Identity of the longest prefix that holds an address.
+    pub fn longest_prefix(&self, addr: &Addr) -> Option<Identity> {
+        let whole = u128::from_be_bytes(addr.octets());
+        let mut bits = 128;
+        loop {
+            let mask = if bits == 0 { 0 } else { u128::MAX << (128 - bits) };
+            let masked = PrefixKey { bits, addr: Addr::v6((whole & mask).to_be_bytes()) };
+            let (below, identity) = self.prefixes.range(..=masked).next_back()?;
+            if *below == masked {
+                return Some(*identity);
+            }
+            // Skip the lengths that nobody uses.
+            bits = if below.bits < bits { below.bits } else { bits.checked_sub(1)? };
+        }
+    }
+}
+
+/// Hashing a few bytes at a time costs more than hashing them.
+struct Digest {
+    sha: Sha256,
+    buffer: Vec<u8>,
+}
+
+impl Digest {
+    const CHUNK: usize = 1 << 14;
+
+    fn put(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+        if self.buffer.len() >= Self::CHUNK {
+            self.sha.update(&self.buffer);
+            self.buffer.clear();
+        }
+    }
+    fn section(&mut self, name: &[u8], len: usize) {
+        self.put(name);
+        self.put(&(len as u64).to_le_bytes());
+    }
+    fn key(&mut self, key: &RuleKey) {
+        let RuleKey { local, remote, class, proto, direction } = key;
+        self.put(&local.0.to_le_bytes());
+        self.put(&remote.0.to_le_bytes());
+        self.put(&class.to_le_bytes());
+        self.put(&[*proto, *direction]);
+    }
+    fn entry(&mut self, entry: &RuleEntry) {
+        let RuleEntry { until, rule, pending_rule, next, action, reason, pending, flags } = entry;
+        self.put(&until.to_le_bytes());
+        self.put(&rule.to_le_bytes());
+        self.put(&pending_rule.to_le_bytes());
+        self.put(&next.to_le_bytes());
+        self.put(&[*action, *reason, *pending, *flags]);
+    }
+    fn finish(mut self) -> [u8; 32] {
+        self.sha.update(&self.buffer);
+        self.sha.finalize().into()
+    }
+}
+
+/// Tables at a moment, for `segfw_common::decide` in user space.
+#[derive(Clone, Copy, Debug)]
+pub struct TablesView<'a> {
+    pub tables: &'a Tables,
+    /// Boot nanoseconds.
+    pub now: u64,
+    /// Bits of `control::HOST_*`.
+    pub host_flags: u64,
+}
+
+impl Lookup for TablesView<'_> {
+    fn now(&self) -> u64 {
+        self.now
+    }
+    fn host_flags(&self) -> u64 {
+        self.host_flags
+    }
+    fn has_policy(&self) -> bool {
+        true
+    }
+    fn local(&self, identity: Identity) -> Option<LocalEntry> {
+        self.tables.locals.get(&identity).copied()
+    }
+    fn class(&self, proto: Proto, port: u16) -> u16 {
+        let of_proto = self.tables.classes.get(proto as usize);
+        of_proto.and_then(|c| c.get(usize::from(port))).copied().unwrap_or(0)
+    }
+    fn rule(&self, key: &RuleKey) -> Option<RuleEntry> {
+        self.tables.rules.get(key).copied()
+    }
+    fn timeline(&self, index: u32) -> Option<RuleEntry> {
+        self.tables.timeline.get(index as usize).copied()
+    }
+    fn prefix(&self, addr: &Addr) -> Option<Identity> {
+        self.tables.longest_prefix(addr)
     }
 }
