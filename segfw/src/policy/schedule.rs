@@ -7,7 +7,7 @@
 
 use super::host_policy::Schedule;
 use super::problem::{Fault, nearest, quote};
-use jiff::tz::{TimeZone, TimeZoneDatabase};
+use jiff::tz::TimeZoneDatabase;
 use jiff::{Timestamp, ToSpan, civil};
 use std::collections::BTreeSet;
 use std::sync::LazyLock;
