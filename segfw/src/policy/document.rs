@@ -3,7 +3,7 @@
 //! What needs a second document to judge (is there such a segment?) is the business of `resolve`.
 
 use super::host_policy::{Labels, Members, OnRevoke, PortSpec, Position, Requirement, RuleAction, Schedule, Selector, Tier};
-use super::problem::{Fault, Problem, nearest, quote};
+use super::problem::{Fault, PROBLEMS_PER_FILE, Problem, nearest, quote};
 use super::selector::{LABEL_CHARS, check_key, check_value, is_word};
 use super::workload::Glob;
 use super::yaml::{self, Node, Text, Value};
@@ -222,7 +222,7 @@ pub fn parse(files: &[(String, String)]) -> (Vec<Document>, Vec<Problem>) {
                 }
                 return;
             }
-            let Some(document) = (Reader { file, problems }).document(&root) else { return };
+            let Some(document) = Reader::new(file, problems).document(&root) else { return };
             let meta = document.meta();
             match names.entry((document.kind(), meta.name.clone())) {
                 std::collections::hash_map::Entry::Vacant(entry) => {
@@ -268,17 +268,33 @@ impl<'n> Fields<'n> {
 struct Reader<'r> {
     file: &'r str,
     problems: &'r mut Vec<Problem>,
+    /// Problems that may still be told of this document.
+    left: usize,
+    /// The last one that is not told any more.
+    untold: Option<Problem>,
 }
 
-impl Reader<'_> {
-    fn say(&mut self, node: &Node, what: impl Into<String>, why: impl Into<String>) -> &mut Problem {
+impl<'r> Reader<'r> {
+    fn new(file: &'r str, problems: &'r mut Vec<Problem>) -> Self {
+        Self { file, problems, left: PROBLEMS_PER_FILE, untold: None }
+    }
+
+    fn tell(&mut self, problem: Problem) -> &mut Problem {
+        if self.left == 0 {
+            return self.untold.insert(problem);
+        }
+        self.left -= 1;
         let index = self.problems.len();
-        self.problems.push(Problem::error(node.at(self.file), what, why));
+        self.problems.push(problem);
         &mut self.problems[index]
     }
 
+    fn say(&mut self, node: &Node, what: impl Into<String>, why: impl Into<String>) -> &mut Problem {
+        self.tell(Problem::error(node.at(self.file), what, why))
+    }
+
     fn say_inside(&mut self, node: &Node, text: &Text, fault: Fault) {
-        self.problems.push(yaml::inside(&node.at(self.file), text, fault));
+        let _ = self.tell(yaml::inside(&node.at(self.file), text, fault));
     }
 
     /// The value is not what it must be.
@@ -311,7 +327,11 @@ impl Reader<'_> {
         match &node.value {
             Value::List(items) if items.is_empty() => {
                 let problem = self.say(node, format!("{what} is an empty list"), "empty never means all");
-                problem.help = Some(format!("leave {what} out, or write what it should hold"));
+                problem.help = match what {
+                    "ports" => Some("leave ports out for every protocol and port".to_owned()),
+                    "from" | "to" => Some("write [any] for everybody".to_owned()),
+                    _ => None,
+                };
                 None
             }
             Value::List(items) => Some(items),
@@ -421,7 +441,7 @@ impl Reader<'_> {
             && RESERVED.contains(&meta.name.as_str())
         {
             let what = format!("the name {} is reserved", quote(&meta.name));
-            self.problems.push(Problem::error(meta.at.clone(), what, "any, world, host and unresolved have meanings of their own"));
+            let _ = self.tell(Problem::error(meta.at.clone(), what, "any, world, host and unresolved have meanings of their own"));
         }
         // The body is read even where the name is wrong, so that its problems are told too.
         let meta_or = meta.clone().unwrap_or_else(|| Metadata {
@@ -595,7 +615,7 @@ impl Reader<'_> {
                     let _ = self.say(value, "container says nothing", "it has an image, a name, or both");
                     return None;
                 }
-                self.problems.push(Problem::warning(node.at(self.file), "the container matcher is not supported yet", later));
+                let _ = self.tell(Problem::warning(node.at(self.file), "the container matcher is not supported yet", later));
                 Matcher::Container { image: image.map_or(Some(None), |i| i.map(Some))?, name: name.map_or(Some(None), |n| n.map(Some))? }
             }
             _ => {
@@ -606,7 +626,7 @@ impl Reader<'_> {
                     let _ = self.say(value, "pod says nothing", "it has a namespace, labels, or both");
                     return None;
                 }
-                self.problems.push(Problem::warning(node.at(self.file), "the pod matcher is not supported yet", later));
+                let _ = self.tell(Problem::warning(node.at(self.file), "the pod matcher is not supported yet", later));
                 Matcher::Pod { namespace: namespace.map_or(Some(None), |n| n.map(Some))?, labels: labels.unwrap_or(Some(Labels::new()))? }
             }
         };
@@ -715,7 +735,7 @@ impl Reader<'_> {
                 }
                 Some(line) => {
                     let what = format!("there are two rules with the name {}", quote(&name));
-                    let why = format!("the first begins in line {line} of this policy; flows and counters name the rule");
+                    let why = format!("the first begins in line {line}; flows and counters name rules");
                     let _ = self.say(node, what, why);
                 }
             }

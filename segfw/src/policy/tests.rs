@@ -198,18 +198,16 @@ spec:
 "#,
         expect![[r#"
             a.yaml:6:14: error: from is an empty list (empty never means all)
-              help: leave from out, or write what it should hold
+              help: write [any] for everybody
             a.yaml:6:32: error: empty selector (empty never means all)
               help: write any in a rule for everybody
             a.yaml:6:45: error: ports is an empty list (empty never means all)
-              help: leave ports out, or write what it should hold
+              help: leave ports out for every protocol and port
             a.yaml:7:15: error: empty peer (empty never means all: write any)
             a.yaml:7:35: error: empty selector (empty never means all: write any for everybody)
             a.yaml:7:45: error: ports has no value (expected a list such as [tcp/443]; leave the key out for the default)
             a.yaml:8:30: error: a list of label values is an empty list (empty never means all)
-              help: leave a list of label values out, or write what it should hold
             a.yaml:8:54: error: addresses is an empty list (empty never means all)
-              help: leave addresses out, or write what it should hold
         "#]],
     );
 }
@@ -330,7 +328,7 @@ metadata: {name: web}
 spec: {select: {app: db}}
 "#,
         expect![[r#"
-            a.yaml:9:56: error: there are two rules with the name "rule-1" (the first begins in line 9 of this policy; flows and counters name the rule)
+            a.yaml:9:56: error: there are two rules with the name "rule-1" (the first begins in line 9; flows and counters name rules)
             a.yaml:13:18: error: there are two Segments with the name "web" (the first is at a.yaml:3:18)
         "#]],
     );
@@ -438,7 +436,6 @@ spec: {match: [], labels: {}}
             a.yaml:14:17: error: bad label value "a,b=c" (a label value has at most 63 letters, digits, '-', '_' or '.', and begins and ends with a letter or digit)
             a.yaml:14:26: error: bad label key "k=v" (a label key has 1 to 63 letters, digits, '-', '_' or '.', and begins and ends with a letter or digit)
             a.yaml:19:15: error: match is an empty list (empty never means all)
-              help: leave match out, or write what it should hold
             a.yaml:19:27: error: labels is an empty map (empty never means all)
         "#]],
     );
@@ -908,9 +905,10 @@ fn hostile_input_is_refused_in_time() {
         text
     };
     let big = "x".repeat(yaml::SCALAR_BYTES);
+    let mut wrong = Vec::new();
     for (name, text, expect) in [
-        ("billion laughs", lol(10), "a.yaml:5:50: error: the document is too large (anchors"),
-        ("quadratic laughs", format!("a: &a {}\nb: [{}]\n", "y".repeat(60_000), "*a, ".repeat(100_000)), "a.yaml:2:65: error: the document is too large (anchors"),
+        ("billion laughs", lol(10), "a.yaml:5:25: error: the document is too large (anchors"),
+        ("quadratic laughs", format!("a: &a {}\nb: [{}]\n", "y".repeat(60_000), "*a, ".repeat(100_000)), "a.yaml:2:69: error: the document is too large (anchors"),
         ("deep flow", "[".repeat(1 << 20), "a.yaml:1:65: error: this is not YAML ("),
         ("deep map", "{a: ".repeat(1 << 20), "a.yaml:1:257: error: this is not YAML ("),
         ("deep block", (0..2_000).map(|i| format!("{}a:\n", " ".repeat(i))).collect(), "a.yaml:65:65: error: this is not YAML ("),
@@ -919,11 +917,11 @@ fn hostile_input_is_refused_in_time() {
         ("long scalar", format!("a: {big}x\n"), "a.yaml:1:4: error: the document is too large (a value of 65537 bytes"),
         ("long file", " ".repeat(yaml::FILE_BYTES + 1), "a.yaml:1:1: error: the file has 10485761 bytes"),
         ("long list", format!("a: [{}]", "a,".repeat(5_000_000)), "a.yaml:1:"),
-        ("many keys", (0..200_000).map(|i| format!("k{i}: v\n")).collect(), "a.yaml:1:1: error: a document has no apiVersion"),
+        ("many keys", (0..200_000).map(|i| format!("k{i}: v\n")).collect(), "a.yaml:1:1: error: unknown key"),
         ("many documents", "---\na\n".repeat(300_000), "a.yaml:2:1: error: a document is the text \"a\""),
         ("many broken documents", "---\n[\n".repeat(300_000), "a.yaml:"),
         ("many anchors", (0..100_000).map(|i| format!("- &a{i} x\n")).collect(), "a.yaml:"),
-        ("NUL", format!("{EXAMPLE}\u{0}kind: x"), "a.yaml:73:1: error: the file has a NUL byte"),
+        ("NUL", format!("{EXAMPLE}\u{0}kind: x"), "a.yaml:69:1: error: the file has a NUL byte"),
         ("quotes", "\"".repeat(1 << 20), "a.yaml:1:"),
         ("colons", ": ".repeat(1 << 20), "a.yaml:1:"),
         ("questions", "? ".repeat(1 << 20), "a.yaml:1:"),
@@ -932,18 +930,21 @@ fn hostile_input_is_refused_in_time() {
         ("tabs", "\t".repeat(1 << 20), ""),
         ("ampersands", "&a ".repeat(1 << 18), "a.yaml:1:"),
         ("bangs", "!".repeat(1 << 20), "a.yaml:1:"),
-        ("block scalar", format!("a: |\n{}", "  x\n".repeat(1 << 20)), "a.yaml:1:4: error: the document is too large"),
+        ("block scalar", format!("a: |\n{}", "  x\n".repeat(1 << 20)), "a.yaml:2:3: error: the document is too large"),
         ("long key", format!("? {big}\n: x\n"), "a.yaml:1:1: error: a document has no apiVersion"),
     ] {
         let start = Instant::now();
         let problems = whole(&file(&text)).1;
         let took = start.elapsed();
         let said = problems.to_string();
-        assert!(said.starts_with(expect) && said.is_empty() == expect.is_empty(), "{name}: {}", said.chars().take(300).collect::<String>());
+        if !said.starts_with(expect) || said.is_empty() != expect.is_empty() {
+            wrong.push(format!("{name}: {}", said.chars().take(160).collect::<String>()));
+        }
         assert!(problems.len() <= super::problem::PROBLEMS_PER_FILE + 2, "{name}: {} problems", problems.len());
         // Ten times what it may take in a release build: this one is not optimized, and others use the machine too.
         assert!(took < Duration::from_secs(10), "{name} took {took:?}");
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]

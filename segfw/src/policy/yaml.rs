@@ -15,8 +15,8 @@ pub const FILE_BYTES: usize = 10 << 20;
 pub const TOTAL_BYTES: usize = 64 << 20;
 /// Nesting of one document; the language needs nine. Bounds the recursion of everything that walks the tree.
 pub const DEPTH: usize = 64;
-/// Values in one document: about 100 MiB of tree.
-pub const NODES: usize = 1 << 20;
+/// Values in one document: about 50 MiB of tree.
+pub const NODES: usize = 1 << 19;
 /// Bytes of one value. The longest that makes sense is a description.
 pub const SCALAR_BYTES: usize = 64 << 10;
 /// Documents of all files together.
@@ -225,6 +225,7 @@ impl<'t> Tree<'t> {
                     };
                     Value::Text(Text { inset: inset.filter(|_| !text.contains('\n')), text: text.into_owned() })
                 };
+                self.count(1)?;
                 self.close(node(value), size, anchor)?;
             }
             Event::SequenceStart(_, anchor, _) => self.begin(node(Value::List(Vec::new())), anchor)?,
@@ -237,6 +238,7 @@ impl<'t> Tree<'t> {
             Event::Alias(id) => match self.anchors.get(&id).map(|(node, size)| (node.clone(), *size)) {
                 Some((copy, size)) => {
                     self.copy(size)?;
+                    self.count(size.nodes)?;
                     if self.open.len() + size.depth > DEPTH {
                         return Err(format!("an alias nests values deeper than {DEPTH}"));
                     }
@@ -245,12 +247,14 @@ impl<'t> Tree<'t> {
                 }
                 None => {
                     say(&span, "an alias stands inside the value it names".into(), "it would never end");
-                    self.close(node(Value::Broken), leaf, 0)?;
+                    self.count(1)?;
+                self.close(node(Value::Broken), leaf, 0)?;
                 }
             },
             Event::UnresolvedAlias(name) => {
                 let what = format!("there is no anchor {}", quote(&format!("&{name}")));
                 say(&span, what, "an alias needs an anchor before it, in the same document; text that begins with * needs quotes");
+                self.count(1)?;
                 self.close(node(Value::Broken), leaf, 0)?;
             }
             _ => {}
@@ -269,7 +273,6 @@ impl<'t> Tree<'t> {
 
     /// Puts a finished value where it belongs.
     fn close(&mut self, node: Node, size: Size, anchor: usize) -> Result<(), Refused> {
-        self.count(1)?;
         if anchor != 0 {
             self.copy(size)?;
             let _ = self.anchors.insert(anchor, (node.clone(), size));
