@@ -302,7 +302,7 @@ impl<'r> Reader<'r> {
         let found = match &node.value {
             Value::Broken => return,
             Value::Nothing => {
-                let _ = self.say(node, format!("{what} has no value"), format!("expected {expected}; leave the key out for the default"));
+                let _ = self.say(node, format!("{what} has no value"), format!("expected {expected}"));
                 return;
             }
             Value::Text(t) => format!("the text {}", quote(&t.text)),
@@ -919,15 +919,13 @@ impl<'r> Reader<'r> {
     fn one_port(&mut self, node: &Node) -> Option<PortSpec> {
         let spec = self.port(node)?;
         let PortSpec { proto, first, last } = spec;
-        match proto {
-            // A type without a code: the code is nearly always 0.
-            segfw_common::Proto::Icmp | segfw_common::Proto::Icmpv6 if last - first == 255 => Some(PortSpec { last: first, ..spec }),
-            _ if first == last => Some(spec),
-            _ => {
-                let _ = self.say(node, format!("{} is more than one port", ports::show(&spec)), "a case is one connection");
-                None
-            }
+        // A type without a code: the code is nearly always 0.
+        let icmp = matches!(proto, segfw_common::Proto::Icmp | segfw_common::Proto::Icmpv6);
+        if first == last || icmp && last - first == 255 {
+            return Some(PortSpec { last: first, ..spec });
         }
+        let _ = self.say(node, format!("{} is more than one port", ports::show(&spec)), "a case is one connection");
+        None
     }
 
     fn case_end(&mut self, node: &Node, what: &str) -> Option<CaseEnd> {

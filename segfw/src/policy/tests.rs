@@ -205,7 +205,7 @@ spec:
               help: leave ports out for every protocol and port
             a.yaml:7:15: error: empty peer (empty never means all: write any)
             a.yaml:7:35: error: empty selector (empty never means all: write any for everybody)
-            a.yaml:7:45: error: ports has no value (expected a list such as [tcp/443]; leave the key out for the default)
+            a.yaml:7:45: error: ports has no value (expected a list such as [tcp/443])
             a.yaml:8:30: error: a list of label values is an empty list (empty never means all)
             a.yaml:8:54: error: addresses is an empty list (empty never means all)
         "#]],
@@ -459,7 +459,7 @@ spec:
             a.yaml:7:15: error: a peer has select and addresses (it has one of them; write two peers)
             a.yaml:7:65: error: unknown key "selekt" (a peer has select, addresses)
               help: did you mean "select"?
-            a.yaml:7:82: error: a peer has no value (expected the name of a segment, {select: ...}, {addresses: ...}, any, world or host; leave the key out for the default)
+            a.yaml:7:82: error: a peer has no value (expected the name of a segment, {select: ...}, {addresses: ...}, any, world or host)
         "#]],
     );
 }
