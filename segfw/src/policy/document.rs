@@ -23,6 +23,8 @@ pub const DEFAULT_PRIORITY: u16 = 500;
 const LAST_PRIORITY: u16 = 1000;
 /// Longest time that revoked connections may live on (seconds): thirty days.
 const DRAIN_S_MAX: u64 = 30 * 86_400;
+/// Matchers of one Workload. Each is a pattern to compile, and to try on every new cgroup.
+const MATCHERS: usize = 1_024;
 
 const TIERS: [(&str, Tier); 5] = [
     ("emergency", Tier::Emergency),
@@ -357,6 +359,9 @@ impl<'r> Reader<'r> {
         let mut seen: HashMap<&str, u32> = HashMap::new();
         let mut found = Vec::with_capacity(entries.len());
         for (key, value) in entries {
+            if self.left == 0 {
+                break;
+            }
             let Value::Text(text) = &key.value else {
                 self.not(key, "a key", "text; quotes help where it is meant");
                 continue;
@@ -578,6 +583,10 @@ impl<'r> Reader<'r> {
         let fields = self.fields(spec, "the spec of a Workload", &["match", "labels"])?;
         let matches = self.required(&fields, "match").and_then(|node| {
             let items = self.list(node, "match", "a list of matchers")?;
+            if items.len() > MATCHERS {
+                let _ = self.say(node, format!("match has {} matchers", items.len()), format!("at most {MATCHERS} are allowed"));
+                return None;
+            }
             let matches: Vec<_> = items.iter().filter_map(|item| self.matcher(item)).collect();
             (matches.len() == items.len()).then_some(matches)
         });
@@ -727,6 +736,10 @@ impl<'r> Reader<'r> {
         let mut names: HashMap<String, u32> = HashMap::new();
         let mut rules = Vec::with_capacity(items.len());
         for (node, index) in items.iter().zip(0u32..) {
+            // What nobody is told need not be found: suggestions are dear.
+            if self.left == 0 {
+                break;
+            }
             let before = self.problems.len();
             let Some((name, rule)) = self.rule(node, index) else { continue };
             match names.get(&name) {

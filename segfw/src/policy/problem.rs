@@ -200,7 +200,7 @@ pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
         .into_iter()
         .filter(|c| c.len() <= LONGEST && c.len().abs_diff(word.len()) <= allowed * 4)
         .filter_map(|c| {
-            let distance = strsim::damerau_levenshtein(&lower, &c.to_lowercase());
+            let distance = strsim::osa_distance(&lower, &c.to_lowercase());
             // Half a word is often meant for the whole: "prio" for "priority".
             let starts = word.len() >= 3 && c.starts_with(word);
             (distance <= allowed || starts).then_some((distance, c))

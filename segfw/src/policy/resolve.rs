@@ -3,10 +3,10 @@
 
 use super::document::{At, CaseDoc, Document, PeerDoc, PolicyDoc, RuleDoc, SegmentDoc, TestDoc, WorkloadDoc};
 use super::host_policy::{
-    HostPolicy, Labels, Members, PeerSpec, PortSpec, Position, Requirement, Rule, RuleAction, Segment, Selector,
+    HostPolicy, Labels, Members, PeerSpec, PortSpec, Position, Requirement, Rule, RuleAction, Segment, Selector, Tier,
 };
 use super::inventory::Inventory;
-use super::problem::{Problem, Problems, nearest, quote};
+use super::problem::{Problem, Problems, Severity, nearest, quote};
 use super::selector;
 use ipnet::IpNet;
 use jiff::Timestamp;
@@ -17,6 +17,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 /// Comparisons spent on each kind of advice (near misses, shadowed rules). Advice is worth about a second, even where
 /// the documents are hostile; when it is used up, a warning says that there is no more.
 const ADVICE: usize = 4_000_000;
+
+/// Words compared for suggestions: some ten typing errors among a few thousand names.
+const NEAR: usize = 50_000;
+/// Errors told, and warnings told: more would drown the reader.
+const TOLD: usize = 10_000;
 
 /// What the host says about itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,8 +52,8 @@ pub fn resolve(
         index: segments.iter().enumerate().map(|(i, d)| (d.meta.name.as_str(), i)).collect(),
         mentioned: HashSet::new(),
         near: HashMap::new(),
-        spent: 0,
-        problems: Vec::new(),
+        budget: NEAR,
+        problems: Told::default(),
     };
     let mut policy = HostPolicy { segments: segments.iter().copied().map(segment).collect(), rules: Vec::new(), monitor: host.monitor };
     for doc in &policies {
@@ -78,10 +83,10 @@ pub fn resolve(
     tests_name_rules(&tests, &policy.rules, &mut work.problems);
     unmatched_selectors(&workloads, &segments, &policies, inventory, &mut work.problems);
     shadowed(&policy, &mut work.problems);
-    (policy, Problems::new(work.problems).into_vec())
+    (policy, work.problems.into_sorted())
 }
 
-fn precedence(r: &Rule) -> (super::host_policy::Tier, u16, u8, &str, u32) {
+fn precedence(r: &Rule) -> (Tier, u16, u8, &str, u32) {
     (r.tier, r.priority, r.action.rank(), &r.policy, r.index)
 }
 
@@ -110,8 +115,42 @@ struct Resolver<'d> {
     mentioned: HashSet<usize>,
     /// Suggestions for names that were asked for before.
     near: HashMap<String, Option<String>>,
-    spent: usize,
+    /// Words that may still be compared for suggestions.
+    budget: usize,
+    problems: Told,
+}
+
+/// The problems of one resolution, bounded.
+#[derive(Default)]
+struct Told {
     problems: Vec<Problem>,
+    errors: usize,
+    warnings: usize,
+}
+
+impl Told {
+    fn push(&mut self, problem: Problem) {
+        let count = match problem.severity {
+            Severity::Error => &mut self.errors,
+            Severity::Warning => &mut self.warnings,
+        };
+        *count += 1;
+        if *count <= TOLD {
+            self.problems.push(problem);
+        }
+    }
+
+    fn into_sorted(self) -> Vec<Problem> {
+        let untold = self.errors.max(self.warnings).saturating_sub(TOLD);
+        let mut sorted = Problems::new(self.problems).into_vec();
+        if untold > 0
+            && let Some(last) = sorted.last()
+        {
+            let why = format!("at most {TOLD} errors and {TOLD} warnings are shown");
+            sorted.push(Problem::warning(last.at.clone(), "there are more problems", why));
+        }
+        sorted
+    }
 }
 
 impl Resolver<'_> {
@@ -170,8 +209,8 @@ impl Resolver<'_> {
         if let Some(near) = self.near.get(name) {
             return near.clone();
         }
-        self.spent += self.index.len();
-        if self.spent > ADVICE {
+        self.budget = self.budget.saturating_sub(self.index.len());
+        if self.budget == 0 {
             return None;
         }
         let near = nearest(name, self.index.keys().copied().chain(super::document::RESERVED)).map(str::to_owned);
@@ -181,7 +220,7 @@ impl Resolver<'_> {
 }
 
 /// What a rule names at its ends: is anybody there who can enforce it?
-fn ends(rule: &RuleDoc, segments: &[&SegmentDoc], index: &HashMap<&str, usize>, problems: &mut Vec<Problem>) {
+fn ends(rule: &RuleDoc, segments: &[&SegmentDoc], index: &HashMap<&str, usize>, problems: &mut Told) {
     let workload = |peer: &At<PeerDoc>| match &peer.value {
         PeerDoc::Select(_) => true,
         // A name that is not defined or not well defined was reported; it is taken for what is usual.
@@ -212,14 +251,14 @@ fn ends(rule: &RuleDoc, segments: &[&SegmentDoc], index: &HashMap<&str, usize>, 
 }
 
 /// `by:` must name a rule that exists, else the test could only fail in a puzzling way.
-fn tests_name_rules(tests: &[&TestDoc], rules: &[Rule], problems: &mut Vec<Problem>) {
+fn tests_name_rules(tests: &[&TestDoc], rules: &[Rule], problems: &mut Told) {
     let mut known: BTreeSet<String> = rules.iter().map(|r| r.name.clone()).collect();
     known.extend(rules.iter().map(|r| format!("{}/{}", r.policy, r.name)));
-    let mut spent = 0usize;
+    let mut budget = NEAR;
     for CaseDoc { by, .. } in tests.iter().flat_map(|t| &t.cases) {
         let Some(by) = by.as_ref().filter(|by| !known.contains(&by.value)) else { continue };
-        spent += known.len();
-        let near = if spent > ADVICE { None } else { nearest(&by.value, known.iter().map(String::as_str)) };
+        budget = budget.saturating_sub(known.len());
+        let near = if budget == 0 { None } else { nearest(&by.value, known.iter().map(String::as_str)) };
         let what = format!("rule {} is not defined", quote(&by.value));
         problems.push(Problem::error(by.at.clone(), what, "by names the rule that must decide: rule or policy/rule").meant(near));
     }
@@ -231,7 +270,7 @@ fn unmatched_selectors(
     segments: &[&SegmentDoc],
     policies: &[&PolicyDoc],
     inventory: &Inventory,
-    problems: &mut Vec<Problem>,
+    problems: &mut Told,
 ) {
     let mut known: BTreeSet<&Labels> = workloads.iter().map(|d| &d.labels).collect();
     known.extend(inventory.workloads.iter().map(|k| &k.labels));
@@ -247,7 +286,7 @@ fn unmatched_selectors(
         }
     }
     let mut answers: BTreeMap<String, Option<(String, Option<String>)>> = BTreeMap::new();
-    let mut spent = 0usize;
+    let (mut spent, mut near) = (0usize, NEAR);
     for (selector, at) in selectors {
         let text = selector::show(selector);
         if !answers.contains_key(&text) {
@@ -256,7 +295,7 @@ fn unmatched_selectors(
                 problems.push(no_more_advice(at, "selectors that match nothing"));
                 return;
             }
-            let answer = selector::unmatched(selector, known.iter().copied())
+            let answer = selector::unmatched(selector, known.iter().copied(), &mut near)
                 .filter(|_| !together(selector, workloads, &mut spent));
             let _ = answers.insert(text.clone(), answer);
         }
@@ -303,26 +342,30 @@ fn no_more_advice(at: &Position, about: &str) -> Problem {
 }
 
 /// Rules that an earlier rule leaves nothing to decide.
-fn shadowed(policy: &HostPolicy, problems: &mut Vec<Problem>) {
+fn shadowed(policy: &HostPolicy, problems: &mut Told) {
     let mut budget = ADVICE;
-    for (i, late) in policy.rules.iter().enumerate() {
-        let by = policy.rules.iter().take(i).enumerate().find(|(j, early)| {
-            // What passes is judged further on, so a pass before the early rule leads past it into a later tier.
-            let passed_by = || {
-                early.tier != late.tier
-                    && policy.rules.iter().take(*j).any(|p| p.tier == early.tier && p.action == RuleAction::Pass)
-            };
-            always_decides(early) && covers(policy, early, late, &mut budget) && !passed_by()
+    // Earlier rules that always decide, and whether a pass comes before them in their tier: what passes is judged
+    // further on, so it goes past them into a later tier.
+    let mut deciding: Vec<(&Rule, bool)> = Vec::new();
+    let mut passes: HashSet<Tier> = HashSet::new();
+    for late in &policy.rules {
+        let by = deciding.iter().find(|(early, passed_by)| {
+            (early.tier == late.tier || !passed_by) && covers(policy, early, late, &mut budget)
         });
         if budget == 0 {
             problems.push(no_more_advice(&late.at, "shadowed rules"));
             return;
         }
-        if let Some((_, early)) = by {
+        if let Some((early, _)) = by {
             let Position { file, line, column } = &early.at;
             let what = format!("the rule {} can never be reached", quote(&late.name));
             let why = format!("{}/{} at {file}:{line}:{column} decides all that it matches", early.policy, early.name);
             problems.push(Problem::warning(late.at.clone(), what, why));
+        }
+        if late.action == RuleAction::Pass {
+            let _ = passes.insert(late.tier);
+        } else if always_decides(late) {
+            deciding.push((late, passes.contains(&late.tier)));
         }
     }
 }
@@ -332,7 +375,6 @@ fn always_decides(rule: &Rule) -> bool {
         && rule.expires.is_none()
         && rule.schedule.is_none()
         && rule.require == Evidence::None
-        && rule.action != RuleAction::Pass
 }
 
 /// Whether `early` matches whatever `late` matches, as far as the text shows it.
@@ -361,7 +403,8 @@ fn covers_peer(policy: &HostPolicy, early: &PeerSpec, late: &PeerSpec, budget: &
         });
     }
     match (early, late) {
-        (PeerSpec::Any, _) => true,
+        // Who is not known yet has a declared verdict of its own, so it is not taken for covered.
+        (PeerSpec::Any, other) => !matches!(other, PeerSpec::Unresolved),
         (PeerSpec::Segment(a), PeerSpec::Segment(b)) => a == b,
         (PeerSpec::World, PeerSpec::World)
         | (PeerSpec::Host, PeerSpec::Host)

@@ -4,6 +4,7 @@
 
 use super::host_policy::{Labels, Requirement, Selector};
 use super::problem::{Fault, nearest, quote};
+use std::collections::BTreeSet;
 
 /// Characters of a label value, and of a label key without its prefix: as in Kubernetes.
 pub const LABEL_CHARS: usize = 63;
@@ -188,27 +189,35 @@ pub fn show(selector: &Selector) -> String {
 }
 
 /// What stands in the way of this selector among the labels that exist: `None` if at least one set matches.
-/// Gives what is wrong, and the nearest label that exists.
-pub fn unmatched<'l>(selector: &Selector, known: impl Iterator<Item = &'l Labels> + Clone) -> Option<(String, Option<String>)> {
+/// Gives what is wrong, and the nearest label that exists; `budget` is how many words may still be compared for that.
+pub fn unmatched<'l>(
+    selector: &Selector,
+    known: impl Iterator<Item = &'l Labels> + Clone,
+    budget: &mut usize,
+) -> Option<(String, Option<String>)> {
     if known.clone().any(|labels| selector.matches(labels)) {
         return None;
     }
+    let mut near = |word: &str, words: &BTreeSet<&'l str>| {
+        *budget = budget.saturating_sub(words.len());
+        if *budget == 0 { None } else { nearest(word, words.iter().copied()) }
+    };
+    let meant = |label: &str| format!("did you mean {}?", quote(label));
     for requirement in &selector.0 {
         let (key, values) = match requirement {
             Requirement::In { key, values } => (key, values.as_slice()),
             Requirement::Exists { key } => (key, &[][..]),
             Requirement::NotIn { .. } | Requirement::NotExists { .. } => continue,
         };
-        let mut carried = known.clone().filter_map(|labels| labels.get(key)).peekable();
-        if carried.peek().is_none() {
-            let near = nearest(key, known.clone().flat_map(|labels| labels.keys()).map(String::as_str));
-            return Some((format!("nothing carries the label {}", quote(key)), near.map(|k| format!("did you mean {}?", quote(k)))));
+        let carried: BTreeSet<&str> = known.clone().filter_map(|labels| labels.get(key)).map(String::as_str).collect();
+        if carried.is_empty() {
+            let keys = known.clone().flat_map(|labels| labels.keys()).map(String::as_str).collect();
+            return Some((format!("nothing carries the label {}", quote(key)), near(key, &keys).map(meant)));
         }
-        let carried: std::collections::BTreeSet<&str> = carried.map(String::as_str).collect();
         if !values.is_empty() && !values.iter().any(|v| carried.contains(v.as_str())) {
-            let near = values.iter().find_map(|v| nearest(v, carried.iter().copied()));
             let what = format!("nothing carries {}", quote(&show(&Selector(vec![requirement.clone()]))));
-            return Some((what, near.map(|v| format!("did you mean {}?", quote(&format!("{key}={v}"))))));
+            let near = values.iter().find_map(|v| near(v, &carried));
+            return Some((what, near.map(|v| meant(&format!("{key}={v}")))));
         }
     }
     Some((format!("the selector {} matches nothing", quote(&show(selector))), None))
@@ -284,7 +293,7 @@ mod tests {
             ("ap=web", Some(("nothing carries the label \"ap\"", Some("did you mean \"app\"?")))),
             ("app=web,tier=db", Some(("the selector \"app=web, tier=db\" matches nothing", None))),
         ] {
-            let found = unmatched(&parse(text).unwrap(), known.iter());
+            let found = unmatched(&parse(text).unwrap(), known.iter(), &mut 1_000);
             assert_eq!(found.as_ref().map(|(a, b)| (a.as_str(), b.as_deref())), expect, "{text}");
         }
     }

@@ -947,6 +947,48 @@ fn hostile_input_is_refused_in_time() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// Documents in good form that cost much to advise on.
+#[test]
+fn advice_has_a_bound() {
+    const HEAD: &str = "apiVersion: segfw.dev/v1\nmetadata: {name: x}\nkind: Policy\nspec:\n  rules:\n";
+    let rules = |rule: &dyn Fn(usize) -> String, n: usize| HEAD.to_owned() + &(0..n).map(|i| format!("    - {{{}}}\n", rule(i))).collect::<String>();
+    let long = "x".repeat(50);
+    let segments: String = (0..5_000)
+        .map(|i| format!("--- {{apiVersion: segfw.dev/v1, kind: Segment, metadata: {{name: {long}{i}}}, spec: {{select: {{k{i}: v}}}}}}\n"))
+        .collect();
+    let workloads: String = (0..5_000)
+        .map(|i| format!("--- {{apiVersion: segfw.dev/v1, kind: Workload, metadata: {{name: {long}{i}}}, spec: {{match: [{{cgroup: /a{i}/*}}], labels: {{{long}{i}: v}}}}}}\n"))
+        .collect();
+    for (name, text) in [
+        ("shadows", rules(&|i| format!("from: [any], to: [any], ports: [tcp/{}], action: deny", i + 1), 20_000)),
+        ("passes", rules(&|i| format!("from: [any], to: [any], ports: [tcp/{}], action: {}", i + 1, if i % 2 == 0 { "pass" } else { "deny" }), 20_000)),
+        ("expiring", rules(&|_| "from: [any], to: [any], action: allow, expires: 2030-01-01T00:00:00Z".to_owned(), 20_000)),
+        ("unknown segments", segments.clone() + "---\n" + &rules(&|i| format!("from: [{long}y{i}], to: [any], action: deny"), 20_000)),
+        ("bad zones", rules(&|i| format!("from: [any], to: [any], action: allow, schedule: Mon 08:00-09:00 Europa/Amsterdan{i}"), 20_000)),
+        ("selectors", segments + &workloads),
+    ] {
+        let start = Instant::now();
+        let problems = whole(&file(&text)).1;
+        let took = start.elapsed();
+        assert!(problems.len() <= 20_001, "{name}: {} problems", problems.len());
+        assert!(took < Duration::from_secs(20), "{name} took {took:?}");
+        eprintln!("{name} {took:?} {}", problems.len());
+    }
+}
+
+#[test]
+fn columns_count_characters() {
+    parsed(
+        "apiVersion: segfw.dev/v1\nkind: Segment\nmetadata: {description: \"äöü€😀\", naem: x}\nspec: {select: \"app=wéb\"}\n",
+        expect![[r#"
+            a.yaml:3:11: error: metadata has no name (it must be there)
+            a.yaml:3:34: error: unknown key "naem" (metadata has name, owner, description, labels)
+              help: did you mean "name"?
+            a.yaml:4:21: error: bad label value "wéb" (a label value has at most 63 letters, digits, '-', '_' or '.', and begins and ends with a letter or digit)
+        "#]],
+    );
+}
+
 #[test]
 fn all_files_together_have_a_bound() {
     let files: Vec<_> = (0..8).map(|i| (format!("{i}.yaml"), format!("#{}", " ".repeat(yaml::FILE_BYTES - 1)))).collect();
