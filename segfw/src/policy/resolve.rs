@@ -272,8 +272,8 @@ fn unmatched_selectors(
     inventory: &Inventory,
     problems: &mut Told,
 ) {
-    let mut known: BTreeSet<&Labels> = workloads.iter().map(|d| &d.labels).collect();
-    known.extend(inventory.workloads.iter().map(|k| &k.labels));
+    let seen = inventory.workloads.iter().map(|k| &k.labels);
+    let known = selector::Carried::new(workloads.iter().map(|d| &d.labels).chain(seen));
     let mut selectors: Vec<(&Selector, &Position)> = Vec::new();
     for members in segments.iter().filter_map(|d| d.members.as_ref()) {
         if let Members::Workloads(selector) = &members.value {
@@ -295,7 +295,8 @@ fn unmatched_selectors(
                 problems.push(no_more_advice(at, "selectors that match nothing"));
                 return;
             }
-            let answer = selector::unmatched(selector, known.iter().copied(), &mut near)
+            let answer = known
+                .unmatched(selector, &mut near)
                 .filter(|_| !together(selector, workloads, &mut spent));
             let _ = answers.insert(text.clone(), answer);
         }

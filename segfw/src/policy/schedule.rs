@@ -20,6 +20,8 @@ const WINDOWS: usize = 64;
 
 /// Unpacked once: the list has some six hundred names.
 static ZONES: LazyLock<TimeZoneDatabase> = LazyLock::new(TimeZoneDatabase::bundled);
+static ZONE_NAMES: LazyLock<Vec<String>> =
+    LazyLock::new(|| ZONES.available().map(|name| name.as_str().to_owned()).collect());
 
 /// Days and times, then the zone, which is the last word.
 pub fn parse(text: &str) -> Result<Schedule, Fault> {
@@ -37,10 +39,9 @@ pub fn parse(text: &str) -> Result<Schedule, Fault> {
         return Err(Fault::new(offset(zone_name), "the schedule has no time zone", FORM).help("add a zone, such as UTC"));
     }
     let Ok(zone) = ZONES.get(zone_name) else {
-        let near = ZONES.available().map(|name| name.as_str().to_owned()).collect::<Vec<_>>();
         let what = format!("unknown time zone {}", quote(zone_name));
         return Err(Fault::new(offset(zone_name), what, "a zone has its name in the IANA database")
-            .meant(nearest(zone_name, near.iter().map(String::as_str))));
+            .meant(nearest(zone_name, ZONE_NAMES.iter().map(String::as_str))));
     };
     let mut windows = Vec::new();
     for part in windows_text.split(';') {

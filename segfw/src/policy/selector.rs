@@ -4,7 +4,7 @@
 
 use super::host_policy::{Labels, Requirement, Selector};
 use super::problem::{Fault, nearest, quote};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Characters of a label value, and of a label key without its prefix: as in Kubernetes.
 pub const LABEL_CHARS: usize = 63;
@@ -188,39 +188,58 @@ pub fn show(selector: &Selector) -> String {
     selector.0.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
-/// What stands in the way of this selector among the labels that exist: `None` if at least one set matches.
-/// Gives what is wrong, and the nearest label that exists; `budget` is how many words may still be compared for that.
-pub fn unmatched<'l>(
-    selector: &Selector,
-    known: impl Iterator<Item = &'l Labels> + Clone,
-    budget: &mut usize,
-) -> Option<(String, Option<String>)> {
-    if known.clone().any(|labels| selector.matches(labels)) {
-        return None;
+/// The label sets that exist somewhere.
+pub struct Carried<'l> {
+    sets: Vec<&'l Labels>,
+    /// Values by key.
+    values: BTreeMap<&'l str, BTreeSet<&'l str>>,
+}
+
+impl<'l> Carried<'l> {
+    pub fn new(sets: impl IntoIterator<Item = &'l Labels>) -> Self {
+        let sets: BTreeSet<&Labels> = sets.into_iter().collect();
+        let mut values: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+        for (key, value) in sets.iter().flat_map(|labels| labels.iter()) {
+            let _ = values.entry(key).or_default().insert(value);
+        }
+        Self { sets: sets.into_iter().collect(), values }
     }
-    let mut near = |word: &str, words: &BTreeSet<&'l str>| {
-        *budget = budget.saturating_sub(words.len());
-        if *budget == 0 { None } else { nearest(word, words.iter().copied()) }
-    };
-    let meant = |label: &str| format!("did you mean {}?", quote(label));
-    for requirement in &selector.0 {
-        let (key, values) = match requirement {
-            Requirement::In { key, values } => (key, values.as_slice()),
-            Requirement::Exists { key } => (key, &[][..]),
-            Requirement::NotIn { .. } | Requirement::NotExists { .. } => continue,
+
+    /// Different sets: what one question may cost.
+    pub fn len(&self) -> usize {
+        self.sets.len()
+    }
+    pub fn is_empty(&self) -> bool {
+        self.sets.is_empty()
+    }
+
+    /// What stands in the way of this selector: `None` if at least one set matches. Gives what is wrong, and the
+    /// nearest label that exists; `budget` is how many words may still be compared for that.
+    pub fn unmatched(&self, selector: &Selector, budget: &mut usize) -> Option<(String, Option<String>)> {
+        let mut take = |words: usize| {
+            *budget = budget.saturating_sub(words);
+            *budget > 0
         };
-        let carried: BTreeSet<&str> = known.clone().filter_map(|labels| labels.get(key)).map(String::as_str).collect();
-        if carried.is_empty() {
-            let keys = known.clone().flat_map(|labels| labels.keys()).map(String::as_str).collect();
-            return Some((format!("nothing carries the label {}", quote(key)), near(key, &keys).map(meant)));
+        let meant = |label: &str| format!("did you mean {}?", quote(label));
+        for requirement in &selector.0 {
+            let (key, values) = match requirement {
+                Requirement::In { key, values } => (key, values.as_slice()),
+                Requirement::Exists { key } => (key, &[][..]),
+                Requirement::NotIn { .. } | Requirement::NotExists { .. } => continue,
+            };
+            let Some(carried) = self.values.get(key.as_str()) else {
+                let keys = self.values.keys().copied().filter(|_| take(1));
+                return Some((format!("nothing carries the label {}", quote(key)), nearest(key, keys).map(meant)));
+            };
+            if !values.is_empty() && !values.iter().any(|v| carried.contains(v.as_str())) {
+                let what = format!("nothing carries {}", quote(&show(&Selector(vec![requirement.clone()]))));
+                let near = values.iter().find_map(|v| nearest(v, carried.iter().copied().filter(|_| take(1))));
+                return Some((what, near.map(|v| meant(&format!("{key}={v}")))));
+            }
         }
-        if !values.is_empty() && !values.iter().any(|v| carried.contains(v.as_str())) {
-            let what = format!("nothing carries {}", quote(&show(&Selector(vec![requirement.clone()]))));
-            let near = values.iter().find_map(|v| near(v, &carried));
-            return Some((what, near.map(|v| meant(&format!("{key}={v}")))));
-        }
+        let matched = self.sets.iter().any(|labels| selector.matches(labels));
+        (!matched).then(|| (format!("the selector {} matches nothing", quote(&show(selector))), None))
     }
-    Some((format!("the selector {} matches nothing", quote(&show(selector))), None))
 }
 
 #[cfg(test)]
@@ -293,7 +312,7 @@ mod tests {
             ("ap=web", Some(("nothing carries the label \"ap\"", Some("did you mean \"app\"?")))),
             ("app=web,tier=db", Some(("the selector \"app=web, tier=db\" matches nothing", None))),
         ] {
-            let found = unmatched(&parse(text).unwrap(), known.iter(), &mut 1_000);
+            let found = Carried::new(&known).unmatched(&parse(text).unwrap(), &mut 1_000);
             assert_eq!(found.as_ref().map(|(a, b)| (a.as_str(), b.as_deref())), expect, "{text}");
         }
     }

@@ -118,12 +118,17 @@ pub fn read(file: &str, text: &str, problems: &mut Vec<Problem>, mut each: impl 
                     each(root, problems);
                     None
                 }
-                Err(why) => Some((span.start, "the document is too large".to_owned(), why)),
+                Err(why) => {
+                    // The search for the next document would read on through what is too large already.
+                    let at = at(span.start.line(), span.start.col() + 1);
+                    problems.push(Problem::error(at, "the document is too large; the file is not read further", why));
+                    break;
+                }
             },
-            Some(Err(error)) => Some((*error.marker(), "this is not YAML".to_owned(), error.info())),
+            Some(Err(error)) => Some((*error.marker(), error.info())),
         };
-        let Some((marker, what, why)) = fault else { continue };
-        problems.push(Problem::error(at(marker.line(), marker.col() + 1), what, why));
+        let Some((marker, why)) = fault else { continue };
+        problems.push(Problem::error(at(marker.line(), marker.col() + 1), "this is not YAML", why));
         syntax_errors += 1;
         tree = Tree::new(text);
         if syntax_errors >= SYNTAX_ERRORS || !parser.proceed_next_document().unwrap_or(false) {
