@@ -1,0 +1,454 @@
+//! Documents to [`HostPolicy`]: names looked up, defaults settled, rules in order of precedence; and the warnings that
+//! need all documents at once.
+
+use super::document::{At, CaseDoc, Document, PeerDoc, PolicyDoc, RuleDoc, SegmentDoc, TestDoc, WorkloadDoc};
+use super::host_policy::{
+    HostPolicy, Labels, Members, PeerSpec, PortSpec, Position, Requirement, Rule, RuleAction, Segment, Selector, Tier,
+};
+use super::inventory::Inventory;
+use super::problem::{Problem, Problems, Severity, nearest, quote};
+use super::selector;
+use ipnet::IpNet;
+use jiff::Timestamp;
+use segfw_common::{Evidence, Proto};
+use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+
+/// Comparisons spent on each kind of advice (near misses, shadowed rules). Advice is worth about a second, even where
+/// the documents are hostile; when it is used up, a warning says that there is no more.
+const ADVICE: usize = 4_000_000;
+
+/// Words compared for suggestions: some ten typing errors among a few thousand names.
+const NEAR: usize = 50_000;
+/// Errors told, and warnings told: more would drown the reader.
+const TOLD: usize = 10_000;
+
+/// What the host says about itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostSettings {
+    /// Judge and log everything, enforce nothing.
+    pub monitor: bool,
+}
+
+/// The policy of this host, and every problem, sorted. With an error among the problems the policy must not be used.
+pub fn resolve(
+    docs: &[Document],
+    inventory: &Inventory,
+    host: &HostSettings,
+    now: Timestamp,
+) -> (HostPolicy, Vec<Problem>) {
+    let mut sorted: Vec<&Document> = docs.iter().collect();
+    sorted.sort_by(|a, b| (&a.meta().name, &a.meta().at).cmp(&(&b.meta().name, &b.meta().at)));
+    let (mut workloads, mut segments, mut policies, mut tests) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for doc in sorted {
+        match doc {
+            Document::Workload(d) => workloads.push(d),
+            Document::Segment(d) => segments.push(d),
+            Document::Policy(d) => policies.push(d),
+            Document::Test(d) => tests.push(d),
+        }
+    }
+    let mut work = Resolver {
+        index: segments.iter().enumerate().map(|(i, d)| (d.meta.name.as_str(), i)).collect(),
+        mentioned: HashSet::new(),
+        near: HashMap::new(),
+        budget: NEAR,
+        problems: Told::default(),
+    };
+    let mut policy = HostPolicy { segments: segments.iter().copied().map(segment).collect(), rules: Vec::new(), monitor: host.monitor };
+    for doc in &policies {
+        policy.rules.extend(doc.rules.iter().filter_map(|rule| work.rule(doc, rule)));
+    }
+    policy.rules.sort_by(|a, b| precedence(a).cmp(&precedence(b)));
+
+    for doc in &policies {
+        if doc.monitor {
+            let what = format!("the policy {} has only monitor rules", quote(&doc.meta.name));
+            work.problems.push(Problem::warning(doc.meta.at.clone(), what, "they are judged and logged, never enforced"));
+        }
+        for expires in doc.rules.iter().filter_map(|r| r.expires.as_ref()).filter(|e| e.value <= now) {
+            let what = format!("the rule expired at {}", expires.value);
+            work.problems.push(Problem::warning(expires.at.clone(), what, "it matches nothing any more"));
+        }
+    }
+    for (_, doc) in segments.iter().enumerate().filter(|(i, _)| !work.mentioned.contains(i)) {
+        let what = format!("no rule mentions the segment {}", quote(&doc.meta.name));
+        work.problems.push(Problem::warning(doc.meta.at.clone(), what, "only its default is in force"));
+    }
+    for doc in &policies {
+        for rule in &doc.rules {
+            ends(rule, &segments, &work.index, &mut work.problems);
+        }
+    }
+    tests_name_rules(&tests, &policy.rules, &mut work.problems);
+    unmatched_selectors(&workloads, &segments, &policies, inventory, &mut work.problems);
+    shadowed(&policy, &mut work.problems);
+    (policy, work.problems.into_sorted())
+}
+
+fn precedence(r: &Rule) -> (Tier, u16, u8, &str, u32) {
+    (r.tier, r.priority, r.action.rank(), &r.policy, r.index)
+}
+
+fn segment(doc: &SegmentDoc) -> Segment {
+    let SegmentDoc { meta, members, default_ingress_allow, default_egress_allow, monitor, unresolved_allow, on_revoke, grants } = doc;
+    Segment {
+        name: meta.name.clone(),
+        owner: meta.owner.clone(),
+        // Written wrongly, and said so: nobody, rather than everybody, should a caller forget to look.
+        members: members.as_ref().map_or_else(
+            || Members::Workloads(Selector(vec![Requirement::In { key: String::new(), values: Vec::new() }])),
+            |m| m.value.clone(),
+        ),
+        default_ingress_allow: *default_ingress_allow,
+        default_egress_allow: *default_egress_allow,
+        monitor: *monitor,
+        unresolved_allow: *unresolved_allow,
+        on_revoke: *on_revoke,
+        grants: *grants,
+        at: meta.at.clone(),
+    }
+}
+
+struct Resolver<'d> {
+    index: HashMap<&'d str, usize>,
+    mentioned: HashSet<usize>,
+    /// Suggestions for names that were asked for before.
+    near: HashMap<String, Option<String>>,
+    /// Words that may still be compared for suggestions.
+    budget: usize,
+    problems: Told,
+}
+
+/// The problems of one resolution, bounded.
+#[derive(Default)]
+struct Told {
+    problems: Vec<Problem>,
+    errors: usize,
+    warnings: usize,
+}
+
+impl Told {
+    fn push(&mut self, problem: Problem) {
+        let count = match problem.severity {
+            Severity::Error => &mut self.errors,
+            Severity::Warning => &mut self.warnings,
+        };
+        *count += 1;
+        if *count <= TOLD {
+            self.problems.push(problem);
+        }
+    }
+
+    fn into_sorted(self) -> Vec<Problem> {
+        let untold = self.errors.max(self.warnings).saturating_sub(TOLD);
+        let mut sorted = Problems::new(self.problems).into_vec();
+        if untold > 0
+            && let Some(last) = sorted.last()
+        {
+            let why = format!("at most {TOLD} errors and {TOLD} warnings are shown");
+            sorted.push(Problem::warning(last.at.clone(), "there are more problems", why));
+        }
+        sorted
+    }
+}
+
+impl Resolver<'_> {
+    fn rule(&mut self, policy: &PolicyDoc, doc: &RuleDoc) -> Option<Rule> {
+        let RuleDoc { name, index, from, to, ports, action, require, expires, schedule, log, at } = doc;
+        let (from, to) = (self.peers(from), self.peers(to));
+        Some(Rule {
+            policy: policy.meta.name.clone(),
+            name: name.clone(),
+            tier: policy.tier,
+            priority: policy.priority,
+            index: *index,
+            from: from?,
+            to: to?,
+            ports: ports.iter().map(|p| p.value).collect(),
+            action: *action,
+            monitor: policy.monitor,
+            require: *require,
+            expires: expires.as_ref().map(|e| e.value),
+            schedule: schedule.clone(),
+            log: *log,
+            at: at.clone(),
+        })
+    }
+
+    fn peers(&mut self, peers: &[At<PeerDoc>]) -> Option<Vec<PeerSpec>> {
+        let found: Vec<PeerSpec> = peers.iter().filter_map(|p| self.peer(p)).collect();
+        (found.len() == peers.len()).then_some(found)
+    }
+
+    fn peer(&mut self, peer: &At<PeerDoc>) -> Option<PeerSpec> {
+        Some(match &peer.value {
+            PeerDoc::Any => PeerSpec::Any,
+            PeerDoc::World => PeerSpec::World,
+            PeerDoc::Host => PeerSpec::Host,
+            PeerDoc::Unresolved => PeerSpec::Unresolved,
+            PeerDoc::Select(selector) => PeerSpec::Select(selector.clone()),
+            PeerDoc::Addresses(nets) => PeerSpec::Addresses(nets.clone()),
+            PeerDoc::Named(name) => match self.index.get(name.as_str()) {
+                Some(i) => {
+                    let _ = self.mentioned.insert(*i);
+                    PeerSpec::Segment(*i)
+                }
+                None => {
+                    let what = format!("segment {} is not defined", quote(name));
+                    let near = self.near(name);
+                    let why = "a rule names segments, or any, world, host, unresolved";
+                    self.problems.push(Problem::error(peer.at.clone(), what, why).meant(near.as_deref()));
+                    return None;
+                }
+            },
+        })
+    }
+
+    fn near(&mut self, name: &str) -> Option<String> {
+        if let Some(near) = self.near.get(name) {
+            return near.clone();
+        }
+        self.budget = self.budget.saturating_sub(self.index.len());
+        if self.budget == 0 {
+            return None;
+        }
+        let near = nearest(name, self.index.keys().copied().chain(super::document::RESERVED)).map(str::to_owned);
+        let _ = self.near.insert(name.to_owned(), near.clone());
+        near
+    }
+}
+
+/// What a rule names at its ends: is anybody there who can enforce it?
+fn ends(rule: &RuleDoc, segments: &[&SegmentDoc], index: &HashMap<&str, usize>, problems: &mut Told) {
+    let workload = |peer: &At<PeerDoc>| match &peer.value {
+        PeerDoc::Select(_) => true,
+        // A name that is not defined or not well defined was reported; it is taken for what is usual.
+        PeerDoc::Named(name) => index
+            .get(name.as_str())
+            .and_then(|i| segments.get(*i)?.members.as_ref())
+            .is_none_or(|m| matches!(m.value, Members::Workloads(_))),
+        PeerDoc::Addresses(_) | PeerDoc::Any | PeerDoc::World | PeerDoc::Host | PeerDoc::Unresolved => false,
+    };
+    let anybody = |peers: &[At<PeerDoc>]| peers.iter().any(|p| p.value == PeerDoc::Any || workload(p));
+    if !anybody(&rule.from) && !anybody(&rule.to) {
+        let what = format!("the rule {} is never enforced", quote(&rule.name));
+        problems.push(Problem::warning(rule.at.clone(), what, "no workload is at either end, and judgements are made at workloads"));
+        return;
+    }
+    let icmp = rule.ports.iter().find(|p| matches!(p.value.proto, Proto::Icmp | Proto::Icmpv6));
+    let Some(icmp) = icmp.filter(|_| anybody(&rule.to)) else { return };
+    const KERNEL: &str = "the kernel answers ICMP before any hook of a workload sees it, so only the sending end is judged";
+    let shown = super::ports::show(&icmp.value);
+    if !rule.from.iter().any(workload) {
+        let what = format!("{shown} of the rule {} cannot be enforced: no workload sends it", quote(&rule.name));
+        let help = "name the sending workloads in from, or control inbound ICMP with the host firewall";
+        problems.push(Problem::error(icmp.at.clone(), what, KERNEL).help(help));
+    } else {
+        let what = format!("{shown} of the rule {} is enforced at the sending end only", quote(&rule.name));
+        problems.push(Problem::warning(icmp.at.clone(), what, KERNEL));
+    }
+}
+
+/// `by:` must name a rule that exists, else the test could only fail in a puzzling way.
+fn tests_name_rules(tests: &[&TestDoc], rules: &[Rule], problems: &mut Told) {
+    let mut known: BTreeSet<String> = rules.iter().map(|r| r.name.clone()).collect();
+    known.extend(rules.iter().map(|r| format!("{}/{}", r.policy, r.name)));
+    let mut budget = NEAR;
+    for CaseDoc { by, .. } in tests.iter().flat_map(|t| &t.cases) {
+        let Some(by) = by.as_ref().filter(|by| !known.contains(&by.value)) else { continue };
+        budget = budget.saturating_sub(known.len());
+        let near = if budget == 0 { None } else { nearest(&by.value, known.iter().map(String::as_str)) };
+        let what = format!("rule {} is not defined", quote(&by.value));
+        problems.push(Problem::error(by.at.clone(), what, "by names the rule that must decide: rule or policy/rule").meant(near));
+    }
+}
+
+/// Selectors that find nothing among the labels that exist.
+fn unmatched_selectors(
+    workloads: &[&WorkloadDoc],
+    segments: &[&SegmentDoc],
+    policies: &[&PolicyDoc],
+    inventory: &Inventory,
+    problems: &mut Told,
+) {
+    let seen = inventory.workloads.iter().map(|k| &k.labels);
+    let known = selector::Carried::new(workloads.iter().map(|d| &d.labels).chain(seen));
+    let mut selectors: Vec<(&Selector, &Position)> = Vec::new();
+    for members in segments.iter().filter_map(|d| d.members.as_ref()) {
+        if let Members::Workloads(selector) = &members.value {
+            selectors.push((selector, &members.at));
+        }
+    }
+    for peer in policies.iter().flat_map(|d| &d.rules).flat_map(|r| r.from.iter().chain(&r.to)) {
+        if let PeerDoc::Select(selector) = &peer.value {
+            selectors.push((selector, &peer.at));
+        }
+    }
+    let mut answers: BTreeMap<String, Option<(String, Option<String>)>> = BTreeMap::new();
+    let (mut spent, mut near) = (0usize, NEAR);
+    for (selector, at) in selectors {
+        let text = selector::show(selector);
+        if !answers.contains_key(&text) {
+            spent = spent.saturating_add((known.len() + 1) * (selector.0.len() + 1));
+            if spent > ADVICE {
+                problems.push(no_more_advice(at, "selectors that match nothing"));
+                return;
+            }
+            let answer = known
+                .unmatched(selector, &mut near)
+                .filter(|_| !together(selector, workloads, &mut spent));
+            let _ = answers.insert(text.clone(), answer);
+        }
+        if let Some(Some((what, help))) = answers.get(&text) {
+            let why = "compared with the Workload documents and the inventory";
+            problems.push(Problem { help: help.clone(), ..Problem::warning(at.clone(), what, why) });
+        }
+    }
+}
+
+/// Whether two Workload documents that do not contradict each other give a workload the labels together.
+fn together(selector: &Selector, workloads: &[&WorkloadDoc], spent: &mut usize) -> bool {
+    let partly: Vec<&Labels> = workloads
+        .iter()
+        .map(|d| &d.labels)
+        .filter(|labels| {
+            selector.0.iter().any(|r| match r {
+                Requirement::In { key, values } => labels.get(key).is_some_and(|v| values.contains(v)),
+                Requirement::Exists { key } => labels.contains_key(key),
+                Requirement::NotIn { .. } | Requirement::NotExists { .. } => false,
+            })
+        })
+        .collect();
+    for (i, a) in partly.iter().enumerate() {
+        for b in partly.iter().skip(i + 1) {
+            *spent += 1;
+            if *spent > ADVICE {
+                return true;
+            }
+            if a.iter().all(|(k, v)| b.get(k).is_none_or(|other| other == v)) {
+                let both: Labels = a.iter().chain(b.iter()).map(|(k, v)| (k.clone(), v.clone())).collect();
+                if selector.matches(&both) {
+                    return true;
+                }
+            }
+        }
+    }
+    false
+}
+
+fn no_more_advice(at: &Position, about: &str) -> Problem {
+    let why = format!("the documents are too large for more than {ADVICE} comparisons");
+    Problem::warning(at.clone(), format!("{about} are not looked for from here on"), why)
+}
+
+/// Rules that an earlier rule leaves nothing to decide.
+fn shadowed(policy: &HostPolicy, problems: &mut Told) {
+    let mut budget = ADVICE;
+    // Earlier rules that always decide, and whether a pass comes before them in their tier: what passes is judged
+    // further on, so it goes past them into a later tier.
+    let mut deciding: Vec<(&Rule, bool)> = Vec::new();
+    let mut passes: HashSet<Tier> = HashSet::new();
+    for late in &policy.rules {
+        let by = deciding.iter().find(|(early, passed_by)| {
+            (early.tier == late.tier || !passed_by) && covers(policy, early, late, &mut budget)
+        });
+        if budget == 0 {
+            problems.push(no_more_advice(&late.at, "shadowed rules"));
+            return;
+        }
+        if let Some((early, _)) = by {
+            let Position { file, line, column } = &early.at;
+            let what = format!("the rule {} can never be reached", quote(&late.name));
+            let why = format!("{}/{} at {file}:{line}:{column} decides all that it matches", early.policy, early.name);
+            problems.push(Problem::warning(late.at.clone(), what, why));
+        }
+        if late.action == RuleAction::Pass {
+            let _ = passes.insert(late.tier);
+        } else if always_decides(late) {
+            deciding.push((late, passes.contains(&late.tier)));
+        }
+    }
+}
+
+fn always_decides(rule: &Rule) -> bool {
+    !rule.monitor
+        && rule.expires.is_none()
+        && rule.schedule.is_none()
+        && rule.require == Evidence::None
+}
+
+/// Whether `early` matches whatever `late` matches, as far as the text shows it.
+fn covers(policy: &HostPolicy, early: &Rule, late: &Rule, budget: &mut usize) -> bool {
+    let port = |l: &PortSpec| early.ports.iter().any(|e| e.proto == l.proto && e.first <= l.first && l.last <= e.last);
+    let mut peers = |early: &[PeerSpec], late: &[PeerSpec]| {
+        late.iter().all(|l| {
+            early.iter().any(|e| {
+                *budget = budget.saturating_sub(1);
+                *budget > 0 && covers_peer(policy, e, l, budget)
+            })
+        })
+    };
+    peers(&early.from, &late.from)
+        && peers(&early.to, &late.to)
+        && (early.ports.is_empty() || !late.ports.is_empty() && late.ports.iter().all(port))
+}
+
+fn covers_peer(policy: &HostPolicy, early: &PeerSpec, late: &PeerSpec, budget: &mut usize) -> bool {
+    if let (Some(early), Some(late)) = (addresses(policy, early), addresses(policy, late)) {
+        return late.iter().all(|l| {
+            early.iter().any(|e| {
+                *budget = budget.saturating_sub(1);
+                *budget > 0 && e.contains(l)
+            })
+        });
+    }
+    match (early, late) {
+        // Who is not known yet has a declared verdict of its own, so it is not taken for covered.
+        (PeerSpec::Any, other) => !matches!(other, PeerSpec::Unresolved),
+        (PeerSpec::Segment(a), PeerSpec::Segment(b)) => a == b,
+        (PeerSpec::World, PeerSpec::World)
+        | (PeerSpec::Host, PeerSpec::Host)
+        | (PeerSpec::Unresolved, PeerSpec::Unresolved) => true,
+        (PeerSpec::Select(_) | PeerSpec::Segment(_), PeerSpec::Select(_) | PeerSpec::Segment(_)) => {
+            selector_of(policy, early).is_some_and(|e| Some(e) == selector_of(policy, late))
+        }
+        _ => false,
+    }
+}
+
+fn addresses<'p>(policy: &'p HostPolicy, peer: &'p PeerSpec) -> Option<&'p [IpNet]> {
+    match peer {
+        PeerSpec::Addresses(nets) => Some(nets),
+        PeerSpec::Segment(i) => match &policy.segments.get(*i)?.members {
+            Members::Addresses(nets) => Some(nets),
+            Members::Workloads(_) => None,
+        },
+        PeerSpec::Select(_) | PeerSpec::Any | PeerSpec::World | PeerSpec::Host | PeerSpec::Unresolved => None,
+    }
+}
+
+fn selector_of<'p>(policy: &'p HostPolicy, peer: &'p PeerSpec) -> Option<&'p Selector> {
+    match peer {
+        PeerSpec::Select(selector) => Some(selector),
+        PeerSpec::Segment(i) => match &policy.segments.get(*i)?.members {
+            Members::Workloads(selector) => Some(selector),
+            Members::Addresses(_) => None,
+        },
+        PeerSpec::Addresses(_) | PeerSpec::Any | PeerSpec::World | PeerSpec::Host | PeerSpec::Unresolved => None,
+    }
+}
+
+/// SHA-256 over names and texts in the order of the names, in hex. Lengths go first, so no text can pass for a name.
+pub fn digest(files: &[(String, String)]) -> String {
+    let mut sorted: Vec<&(String, String)> = files.iter().collect();
+    sorted.sort();
+    let mut hash = Sha256::new();
+    for (name, text) in sorted {
+        for part in [name, text] {
+            hash.update((part.len() as u64).to_be_bytes());
+            hash.update(part.as_bytes());
+        }
+    }
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
