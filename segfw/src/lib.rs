@@ -6,5 +6,6 @@
 //! * `datapath`: the only module that names aya; every bpf(2) call is made there.
 //! * `agent`: owns the tasks; `cli` is the only place that prints.
 
+pub mod control;
 pub mod flow;
 pub mod policy;
