@@ -460,8 +460,9 @@ impl FromStr for Service {
                 let kind = if kind == "echo-request" { echo(protocol) } else { kind.parse().map_err(|_| wrong())? };
                 u16::from_be_bytes([kind, code.parse().map_err(|_| wrong())?])
             }
-            (Proto::Other, None) => 0,
-            (Proto::Other, Some(_)) | (_, None) => return Err(wrong()),
+            // A number alone is more often a port whose protocol was forgotten.
+            (Proto::Other, None) if s.starts_with("ip-") => 0,
+            (Proto::Other, _) | (_, None) => return Err(wrong()),
             (Proto::Tcp | Proto::Udp | Proto::Sctp | Proto::UdpLite | Proto::Dccp, Some(port)) => {
                 port.parse().ok().filter(|p| *p != 0).ok_or_else(wrong)?
             }
