@@ -1,0 +1,481 @@
+//! The command line: what was typed becomes a call, what comes back becomes text. Only `print` prints.
+//!
+//! Exit codes: 0 yes or done, 1 no (the answer is deny, a check failed), 2 wrong usage or input, 3 the system could
+//! not do it.
+
+mod engine;
+mod filter;
+mod print;
+mod show;
+
+use crate::config::{self, Config};
+use crate::control::report::{EndSpec, Outcome, PolicyCheck, Question, Service, Severity};
+use crate::control::{Client, ClientError, Failure, FailureKind, Request, Response};
+use crate::flow::record::Item;
+use crate::flow::render::{Format, Renderer};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use filter::QueryArgs;
+use jiff::Timestamp;
+use segfw_common::Verdict;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// How a command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Yes, or done.
+    Yes = 0,
+    /// No: the answer is deny, a check failed.
+    No = 1,
+    /// Wrong usage or input.
+    Usage = 2,
+    /// The system could not do it.
+    System = 3,
+}
+
+/// Why a command could not do what it was asked.
+#[derive(Debug)]
+pub struct CliError {
+    exit: Exit,
+    message: String,
+}
+
+impl CliError {
+    fn usage(message: impl ToString) -> Self {
+        Self { exit: Exit::Usage, message: message.to_string() }
+    }
+    fn system(message: impl ToString) -> Self {
+        Self { exit: Exit::System, message: message.to_string() }
+    }
+}
+impl From<ClientError> for CliError {
+    fn from(error: ClientError) -> Self {
+        match error {
+            ClientError::Failed(Failure { kind: FailureKind::Input, message }) => Self::usage(message),
+            other => Self::system(other),
+        }
+    }
+}
+impl From<std::io::Error> for CliError {
+    fn from(error: std::io::Error) -> Self {
+        Self::system(error)
+    }
+}
+
+/// Host microsegmentation firewall: YAML in, eBPF verdicts out.
+#[derive(Debug, Parser)]
+#[command(name = "segfw", version, max_term_width = 100, after_help = TOP_EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// The agent's control socket
+    #[arg(long, global = true, value_name = "PATH", default_value = crate::control::DEFAULT_SOCKET)]
+    socket: PathBuf,
+    /// Colour: in a terminal, always or never (NO_COLOR is honoured)
+    #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]
+    color: Color,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Color {
+    Auto,
+    Always,
+    Never,
+}
+
+const TOP_EXAMPLES: &str = "\
+Examples:
+  segfw status                                         is this host protected, and by what?
+  segfw flows -f --verdict DENIED                      what is refused right now?
+  segfw policy check policies/                         is the policy right?
+  segfw policy explain app=web app=db tcp/5432         may web talk to db, and why?
+
+Exit codes: 0 yes or done, 1 no, 2 wrong usage or input, 3 the system could not do it.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Enforce a policy on this host (runs until it is stopped; what it loaded stays in force)
+    #[command(after_help = "\
+Examples:
+  segfw agent --policy /etc/segfw/policies
+  segfw agent --policy ./policies --monitor            judge and record, drop nothing
+  segfw agent --policy ./policies --host-label zone=eu-1 --xdp eth0")]
+    Agent(AgentArgs),
+    /// What is enforced, since when, by which revision, and what is wrong
+    #[command(after_help = "\
+Examples:
+  segfw status
+  segfw status -o json | jq .revision.number
+
+Exit code 1: the state is DEGRADED or OPEN.")]
+    Status(OutputArgs),
+    /// The workloads of this host and how each is treated
+    #[command(after_help = "\
+Examples:
+  segfw workloads
+  segfw workloads -o json | jq 'select(.enforcement == \"no-segment\") | .cgroup'")]
+    Workloads(OutputArgs),
+    /// Recorded and live flows, with filters as in `hubble observe`
+    #[command(after_help = filter::EXAMPLES)]
+    Flows(FlowArgs),
+    /// Work with policies
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Whether this machine can run segfw, and what is missing
+    #[command(after_help = "\
+Examples:
+  sudo segfw doctor
+  segfw doctor -o json")]
+    Doctor(OutputArgs),
+}
+
+#[derive(Debug, Subcommand)]
+enum PolicyCommand {
+    /// Read, resolve and compile policies; all problems at once. Changes nothing, needs no agent
+    #[command(after_help = "\
+Examples:
+  segfw policy check policies/
+  segfw policy check --strict base/ team-a/            warnings are errors
+  segfw policy check -o json policies/ | jq '.findings[]'")]
+    Check(CheckArgs),
+    /// May FROM open a connection to TO, and which rule says so?
+    #[command(after_help = "\
+FROM and TO: labels (app=web,tier=api), a workload, a cgroup path, an address, world, host, unresolved.
+PORT: tcp/5432, udp/53, icmp/8, sctp/3868.
+
+Examples:
+  segfw policy explain app=web app=payments,tier=db tcp/5432
+  segfw policy explain world postgresql.service tcp/5432
+  segfw policy explain 10.0.0.5 /system.slice/nginx.service tcp/443
+  segfw policy explain --policy policies/ app=web app=db tcp/5432      without an agent
+
+Exit code 0: allowed, 1: denied.")]
+    Explain(ExplainArgs),
+}
+
+#[derive(Debug, Args)]
+struct AgentArgs {
+    /// The folder with the policy (read recursively)
+    #[arg(long, value_name = "DIR")]
+    policy: PathBuf,
+    /// Judge and record everything, drop nothing
+    #[arg(long)]
+    monitor: bool,
+    /// Where programs and maps are pinned
+    #[arg(long, value_name = "PATH", default_value = config::DEFAULT_PIN_DIR)]
+    pin_dir: PathBuf,
+    /// What must survive a restart
+    #[arg(long, value_name = "PATH", default_value = config::DEFAULT_STATE_DIR)]
+    state_dir: PathBuf,
+    /// Mount point of the cgroup2 hierarchy [default: the first in /proc/self/mountinfo]
+    #[arg(long, value_name = "PATH")]
+    cgroup_root: Option<PathBuf>,
+    /// A label for all workloads of this host; may be repeated
+    #[arg(long = "host-label", value_name = "KEY=VALUE")]
+    host_labels: Vec<String>,
+    /// A network interface that gets the outer wall; may be repeated
+    #[arg(long, value_name = "IFACE")]
+    xdp: Vec<String>,
+}
+
+impl AgentArgs {
+    /// What was typed, settled.
+    fn settle(self, socket: PathBuf) -> Result<Config, CliError> {
+        let Self { policy, monitor, pin_dir, state_dir, cgroup_root, host_labels, xdp } = self;
+        let cgroup_root = match cgroup_root {
+            Some(path) => path,
+            None => {
+                config::cgroup2_root(&std::fs::read_to_string("/proc/self/mountinfo")?).map_err(CliError::system)?
+            }
+        };
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname")?.trim().to_owned();
+        let host_labels = config::host_labels(&host_labels).map_err(CliError::usage)?;
+        if !policy.is_dir() {
+            return Err(CliError::usage(format!("--policy {}: no such folder", policy.display())));
+        }
+        Ok(Config { policy, monitor, pin_dir, state_dir, socket, cgroup_root, host_labels, xdp, host })
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For reading
+    #[value(alias = "text")]
+    Table,
+    /// For programs
+    Json,
+}
+
+#[derive(Debug, Args)]
+struct OutputArgs {
+    /// Output format
+    #[arg(short, long, default_value = "table")]
+    output: Output,
+}
+
+#[derive(Debug, Args)]
+struct FlowArgs {
+    #[command(flatten)]
+    query: QueryArgs,
+    /// Output format
+    #[arg(short, long, default_value = "compact")]
+    output: Format,
+}
+
+#[derive(Debug, Args)]
+struct CheckArgs {
+    /// Folders with policies; together they are one policy
+    #[arg(required = true, value_name = "DIR")]
+    dirs: Vec<PathBuf>,
+    /// Warnings are errors
+    #[arg(long)]
+    strict: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+#[derive(Debug, Args)]
+struct ExplainArgs {
+    /// Who opens the connection
+    from: EndSpec,
+    /// Who is to answer
+    to: EndSpec,
+    /// The service, as tcp/5432
+    port: Service,
+    /// Ask the policy in this folder instead of the agent
+    #[arg(long, value_name = "DIR")]
+    policy: Option<PathBuf>,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.color {
+        Color::Auto => {}
+        Color::Always => anstream::ColorChoice::Always.write_global(),
+        Color::Never => anstream::ColorChoice::Never.write_global(),
+    }
+    let exit = match run(cli) {
+        Ok(exit) => exit,
+        Err(error) => {
+            print::error(&error.message);
+            error.exit
+        }
+    };
+    ExitCode::from(exit as u8)
+}
+
+fn run(cli: Cli) -> Result<Exit, CliError> {
+    let Cli { command, socket, color: _ } = cli;
+    match command {
+        Command::Agent(args) => {
+            let config = args.settle(socket)?;
+            runtime(true)?.block_on(engine::agent(config)).map(|()| Exit::Yes)
+        }
+        Command::Policy(PolicyCommand::Check(args)) => check(&args),
+        Command::Doctor(args) => doctor(args.output),
+        Command::Policy(PolicyCommand::Explain(ExplainArgs { from, to, port, policy, output })) => {
+            let question = Question { from, to, port };
+            let explanation = match policy {
+                Some(dir) => engine::explain_offline(&dir, question)?,
+                None => match runtime(false)?.block_on(ask(&socket, Request::Explain(question)))? {
+                    Response::Explanation(explanation) => explanation,
+                    other => return Err(unexpected(&other)),
+                },
+            };
+            print::out(&match output.output {
+                Output::Json => print::json(&explanation)?,
+                Output::Table => show::explanation(&explanation),
+            })?;
+            Ok(if explanation.verdict == Verdict::Denied.into() { Exit::No } else { Exit::Yes })
+        }
+        Command::Status(args) => match runtime(false)?.block_on(ask(&socket, Request::Status))? {
+            Response::Status(status) => {
+                print::out(&match args.output {
+                    Output::Json => print::json(&status)?,
+                    Output::Table => show::status(&status),
+                })?;
+                Ok(show::status_exit(&status))
+            }
+            other => Err(unexpected(&other)),
+        },
+        Command::Workloads(args) => runtime(false)?.block_on(workloads(&socket, args.output)),
+        Command::Flows(args) => runtime(false)?.block_on(flows(&socket, args)),
+    }
+}
+
+/// The agent gets all threads, a question needs one.
+fn runtime(many: bool) -> Result<tokio::runtime::Runtime, CliError> {
+    let mut builder = match many {
+        true => tokio::runtime::Builder::new_multi_thread(),
+        false => tokio::runtime::Builder::new_current_thread(),
+    };
+    Ok(builder.enable_all().build()?)
+}
+
+async fn ask(socket: &Path, request: Request) -> Result<Response, CliError> {
+    Ok(Client::connect(socket).await?.ask_one(request).await?)
+}
+
+fn unexpected(response: &Response) -> CliError {
+    let text: String = format!("{response:?}").chars().take(100).collect();
+    CliError::system(format!("the agent answered another question: {text}"))
+}
+
+async fn workloads(socket: &Path, output: Output) -> Result<Exit, CliError> {
+    let mut answer = Client::connect(socket).await?.ask(Request::Workloads).await?;
+    let mut all = Vec::new();
+    while let Some(response) = answer.next().await? {
+        match response {
+            Response::Workload(workload) => all.push(workload),
+            other => return Err(unexpected(&other)),
+        }
+    }
+    let text = match output {
+        Output::Json => all.iter().map(print::json_line).collect::<Result<String, _>>()?,
+        Output::Table => show::workloads(&all),
+    };
+    print::out(&text)?;
+    Ok(Exit::Yes)
+}
+
+async fn flows(socket: &Path, args: FlowArgs) -> Result<Exit, CliError> {
+    let FlowArgs { query, output } = args;
+    let query = query.settle(Timestamp::now()).map_err(CliError::usage)?;
+    let follow = query.follow;
+    let mut answer = Client::connect(socket).await?.ask(Request::Flows(query)).await?;
+    let mut renderer = Renderer::new(output);
+    let mut batch: Vec<Item> = Vec::new();
+    let mut shown = false;
+    loop {
+        let done = match answer.next().await {
+            Ok(Some(Response::Flow(item))) => {
+                batch.push(item);
+                None
+            }
+            Ok(Some(other)) => return Err(unexpected(&other)),
+            Ok(None) => Some(Ok(Exit::Yes)),
+            Err(error) => Some(Err(error.into())),
+        };
+        // A stream is shown as it comes; else all at once, so that a table is aligned.
+        if done.is_some() || (follow && !answer.has_more()) {
+            if !batch.is_empty() || !shown {
+                print::out(&renderer.items(&batch))?;
+                shown = true;
+            }
+            batch.clear();
+        }
+        // What came is shown even where the end did not.
+        if let Some(done) = done {
+            return done;
+        }
+    }
+}
+
+fn check(args: &CheckArgs) -> Result<Exit, CliError> {
+    let mut check: PolicyCheck = engine::check(&args.dirs)?;
+    if args.strict {
+        check.findings.iter_mut().for_each(|f| f.severity = Severity::Error);
+    }
+    print::out(&match args.output.output {
+        Output::Json => print::json(&check)?,
+        Output::Table => show::check(&check),
+    })?;
+    Ok(if check.findings.iter().any(|f| f.severity == Severity::Error) { Exit::No } else { Exit::Yes })
+}
+
+fn doctor(output: Output) -> Result<Exit, CliError> {
+    let checks = engine::doctor()?;
+    print::out(&match output {
+        Output::Json => checks.iter().map(print::json_line).collect::<Result<String, _>>()?,
+        Output::Table => show::doctor(&checks),
+    })?;
+    Ok(if checks.iter().any(|c| c.outcome == Outcome::Bad) { Exit::No } else { Exit::Yes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(["segfw"].into_iter().chain(line.split_whitespace()))
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_examples() {
+        fn walk(command: &clap::Command) {
+            if command.has_subcommands() {
+                command.get_subcommands().filter(|c| c.get_name() != "help").for_each(walk);
+            } else {
+                let help = command.get_after_help().unwrap_or_else(|| panic!("{}", command.get_name())).to_string();
+                assert!(help.contains("Examples:\n  "), "{}", command.get_name());
+            }
+        }
+        walk(&Cli::command());
+    }
+
+    #[test]
+    fn examples_in_help_are_understood() {
+        let mut all = vec![TOP_EXAMPLES.to_owned()];
+        fn walk(command: &clap::Command, all: &mut Vec<String>) {
+            all.extend(command.get_after_help().map(ToString::to_string));
+            command.get_subcommands().for_each(|c| walk(c, all));
+        }
+        walk(&Cli::command(), &mut all);
+        let mut tried = 0;
+        for line in all.iter().flat_map(|help| help.lines()) {
+            let Some(line) = line.trim().trim_start_matches("sudo ").strip_prefix("segfw ") else { continue };
+            let line = line.split(" | ").next().unwrap().split("    ").next().unwrap();
+            let _ = parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
+            tried += 1;
+        }
+        assert!(tried > 20, "{tried}");
+    }
+
+    #[test]
+    fn wrong_usage_says_what_is_wrong() {
+        for (line, want) in [
+            ("flows --verdict NO", "\"NO\" is not a verdict"),
+            ("flows --verdikt DENIED", "a similar argument exists: '--verdict'"),
+            ("flows --not", "--not stands in front of a filter"),
+            ("flows --since yesterday", "is not a time"),
+            ("flows --first 1 --last 1", "cannot be used with"),
+            ("policy explain app=web app= tcp/5432", "is not an end of a flow"),
+            ("policy explain app=web app=db 5432", "is not a protocol and port"),
+            ("policy check", "<DIR>..."),
+            ("agent", "--policy <DIR>"),
+        ] {
+            let error = match parse(line) {
+                Err(error) => error.to_string(),
+                Ok(Cli { command: Command::Flows(flows), .. }) => {
+                    flows.query.settle(Timestamp::UNIX_EPOCH).unwrap_err().to_string()
+                }
+                Ok(_) => panic!("{line} is understood"),
+            };
+            assert!(error.contains(want), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_agents_arguments_are_settled() {
+        let dir = tempfile::tempdir().unwrap();
+        let line = format!("agent --policy {} --host-label zone=a --xdp eth0 --cgroup-root /c --socket /s", dir.path().display());
+        let Command::Agent(args) = parse(&line).unwrap().command else { panic!("not agent") };
+        let config = args.settle("/s".into()).unwrap();
+        let mut want = Config::new(dir.path(), "/c".into(), config.host.clone());
+        want.socket = "/s".into();
+        want.xdp = vec!["eth0".to_owned()];
+        want.host_labels = config::host_labels(&["zone=a".to_owned()]).unwrap();
+        assert_eq!(config, want);
+        let Command::Agent(args) = parse("agent --policy /does/not/exist --cgroup-root /c").unwrap().command else { panic!() };
+        assert_eq!(args.settle("/s".into()).unwrap_err().exit, Exit::Usage);
+    }
+}

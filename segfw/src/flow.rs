@@ -1,0 +1,21 @@
+//! Facts come up: the kernel's events become records with words, are kept for a while, filtered and shown. Pure: no
+//! file, no socket, no kernel; a number it has no name for stays visible as a number.
+//!
+//! `decode` (bytes → event) → `sequence` (what is missing) → `record` (event → [`Record`]) → `history` (kept, followed)
+//! → `query` (which of them) → `render` (as text).
+
+pub mod coded;
+pub mod decode;
+pub mod fuzz;
+pub mod history;
+pub mod query;
+pub mod record;
+pub mod render;
+pub mod sequence;
+
+pub use coded::{Coded, Shared, Text};
+pub use decode::decode;
+pub use history::History;
+pub use query::{Filter, Query};
+pub use record::{Item, Loss, Names, Record, enrich};
+pub use sequence::Sequences;
