@@ -327,10 +327,13 @@ fn flow(stage: &mut Stage, shot: &Shot, ends: Ends, proto: Proto, to: Where) -> 
         Where::Net(net) => stage.address(shot, net),
         Where::Extra(ip) => in_family(shot.family, ip, crate::world::twin(ip), shot.port),
     };
+    // A datagram's answer must come from the address that was asked; only binding sees to that.
+    let bound = matches!(to, Where::Extra(_));
+    let at = if bound { dst } else { SocketAddr::new(wildcard(dst.ip()), dst.port()) };
     let result = match proto {
         Proto::Tcp => tcp_flow(stage, shot, ends, dst),
-        Proto::UdpConnected => udp_flow(stage, shot, ends, dst, true),
-        Proto::Udp => udp_flow(stage, shot, ends, dst, false),
+        Proto::UdpConnected => udp_flow(stage, shot, ends, dst, at, true),
+        Proto::Udp => udp_flow(stage, shot, ends, dst, at, false),
     };
     for name in [ends.0, ends.1] {
         stage.actor(name).ask(&Cmd::CloseAll)?;
@@ -358,9 +361,8 @@ pub fn exchange(stage: &mut Stage, shot: &Shot, ends: Ends, listener: Handle, h:
     Ok(if got.data == "pong" { Outcome::Open } else { Outcome::Other(format!("read {:?}", got.data)) })
 }
 
-fn udp_flow(stage: &mut Stage, shot: &Shot, ends: Ends, dst: SocketAddr, connected: bool) -> Result<Outcome> {
-    let all = SocketAddr::new(wildcard(dst.ip()), dst.port());
-    let receiver = stage.actor(ends.1).listen(libc::SOCK_DGRAM, 0, all, shot.family == Family::Mapped)?;
+fn udp_flow(stage: &mut Stage, shot: &Shot, ends: Ends, dst: SocketAddr, at: SocketAddr, connected: bool) -> Result<Outcome> {
+    let receiver = stage.actor(ends.1).listen(libc::SOCK_DGRAM, 0, at, shot.family == Family::Mapped)?;
     let cli = stage.actor(ends.0);
     let h = or_outcome!(cli.socket(domain_of(dst.ip()), libc::SOCK_DGRAM, 0)?, no_socket);
     if connected {
