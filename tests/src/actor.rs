@@ -1,7 +1,7 @@
 //! The test's side of a `segfw-actor` process.
 
 use crate::proto::{Cmd, Reply};
-use crate::world::World;
+use crate::world::{World, making, with_signals};
 use anyhow::{Context, Result, ensure};
 use libc::c_int;
 use std::io::{BufRead, BufReader, Write};
@@ -26,7 +26,9 @@ pub struct Actor {
 impl Actor {
     /// Starts one in `cgroup` (as [`World::cgroup`] takes it) and in the namespace `net`.
     pub fn spawn(world: &World, name: &str, cgroup: &str, net: &str) -> Result<Self> {
-        let mut child = Command::new(crate::binary("segfw-actor")?)
+        let _making = making();
+        let mut command = Command::new(crate::binary("segfw-actor")?);
+        let mut child = with_signals(&mut command)
             .arg("--cgroup")
             .arg(world.cgroup(cgroup)?)
             .args(["--netns", &world.netns(net), "--comm", name])

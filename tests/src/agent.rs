@@ -1,6 +1,6 @@
 //! The real agent, started as an administrator would, and asked through its own command line.
 
-use crate::world::World;
+use crate::world::{World, making, with_signals};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::fs;
@@ -43,7 +43,9 @@ impl Agent {
     /// Starts the process; also after [`Self::kill`] or [`Self::stop`].
     pub fn launch(&mut self) -> Result<()> {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log())?;
-        let child = Command::new(crate::binary("segfw")?)
+        let making = making();
+        let mut command = Command::new(crate::binary("segfw")?);
+        let child = with_signals(&mut command)
             .arg("agent")
             .arg("--socket")
             .arg(self.socket())
@@ -64,6 +66,7 @@ impl Agent {
         // With the world's other processes, so that its end is theirs.
         fs::write(self.own_cgroup.join("cgroup.procs"), child.id().to_string())?;
         self.child = Some(child);
+        drop(making);
         self.wait_until("enforces", |status| status["state"] == "ENFORCING")
     }
 
@@ -71,9 +74,7 @@ impl Agent {
     pub fn reload(&mut self, policy: &str) -> Result<()> {
         let before = digest(&self.status()?);
         self.write(policy)?;
-        self.wait_until("has the new revision", |status| {
-            status["state"] == "ENFORCING" && digest(status) != before
-        })
+        self.wait_until("has the new revision", |status| status["state"] == "ENFORCING" && digest(status) != before)
     }
 
     /// Replaces the policy and does not wait.
@@ -128,9 +129,11 @@ impl Agent {
         let output = self.cli(&["flows", "--last", "100000", "--output", "json"])?;
         let mut records = Vec::new();
         for value in serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>() {
-            match value.with_context(|| explain(&output))? {
-                Value::Array(list) => records.extend(list),
-                one => records.push(one),
+            let value = value.with_context(|| explain(&output))?;
+            if let Value::Array(list) = value {
+                records.extend(list);
+            } else {
+                records.push(value);
             }
         }
         Ok(records)

@@ -11,10 +11,8 @@ pub struct Yaml(pub String);
 
 impl Yaml {
     fn document(&mut self, kind: &str, name: &str, spec: &str) -> &mut Self {
-        let _ = write!(
-            self.0,
-            "---\napiVersion: segfw.dev/v1\nkind: {kind}\nmetadata: {{name: {name}}}\nspec:\n{spec}"
-        );
+        let _ =
+            write!(self.0, "---\napiVersion: segfw.dev/v1\nkind: {kind}\nmetadata: {{name: {name}}}\nspec:\n{spec}");
         self
     }
 

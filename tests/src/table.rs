@@ -361,7 +361,14 @@ pub fn exchange(stage: &mut Stage, shot: &Shot, ends: Ends, listener: Handle, h:
     Ok(if got.data == "pong" { Outcome::Open } else { Outcome::Other(format!("read {:?}", got.data)) })
 }
 
-fn udp_flow(stage: &mut Stage, shot: &Shot, ends: Ends, dst: SocketAddr, at: SocketAddr, connected: bool) -> Result<Outcome> {
+fn udp_flow(
+    stage: &mut Stage,
+    shot: &Shot,
+    ends: Ends,
+    dst: SocketAddr,
+    at: SocketAddr,
+    connected: bool,
+) -> Result<Outcome> {
     let receiver = stage.actor(ends.1).listen(libc::SOCK_DGRAM, 0, at, shot.family == Family::Mapped)?;
     let cli = stage.actor(ends.0);
     let h = or_outcome!(cli.socket(domain_of(dst.ip()), libc::SOCK_DGRAM, 0)?, no_socket);
@@ -439,6 +446,7 @@ pub fn select(mut groups: Vec<Group>, filter: Option<&str>) -> Vec<Group> {
 }
 
 /// Runs all groups and prints a line per row as it ends.
+#[allow(clippy::print_stdout, reason = "the lines are the result")]
 pub fn run(groups: Vec<Group>, options: &Options) -> Vec<Report> {
     let queue = Mutex::new(VecDeque::from(groups));
     let reports = Mutex::new(Vec::new());
@@ -484,10 +492,8 @@ fn run_group(group: &Group, options: &Options, done: &(dyn Fn(Report) + Sync)) {
         ms: 0,
     };
     let mut reports: Vec<Report> = group.rows.iter().map(report).collect();
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        perform(group, options, &mut reports)
-    }))
-    .unwrap_or_else(|_| Err(anyhow::anyhow!("the test panicked")));
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| perform(group, options, &mut reports)))
+        .unwrap_or_else(|_| Err(anyhow::anyhow!("the test panicked")));
     if let Err(e) = result {
         // Whatever broke the group broke each row that has no verdict yet.
         for report in reports.iter_mut().filter(|r| r.end == End::Passed && !finished(r, options)) {

@@ -16,7 +16,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 /// How every cgroup, folder and pin folder of ours begins.
@@ -34,6 +34,15 @@ struct Traces {
 }
 
 static LIVE: Mutex<BTreeMap<String, Traces>> = Mutex::new(BTreeMap::new());
+
+/// Held for reading while something is made that [`clean_up_on_signals`] must find: it waits for that to be complete,
+/// and lets nothing be made afterwards.
+static MAKING: RwLock<()> = RwLock::new(());
+
+/// See [`MAKING`]. Not to be taken twice by one thread.
+pub(crate) fn making() -> RwLockReadGuard<'static, ()> {
+    MAKING.read().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn live() -> MutexGuard<'static, BTreeMap<String, Traces>> {
     LIVE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -72,6 +81,7 @@ impl World {
             folder: std::env::temp_dir().join(format!("{PREFIX}{id}")),
             pins: Path::new(BPFFS).join(format!("{PREFIX}{id}")),
         };
+        let _making = making();
         live().insert(id.clone(), traces.clone());
         let world = Self { id, traces, nets: nets.to_vec() };
         world.build().with_context(|| format!("building the world {}", world.id))?;
@@ -88,11 +98,15 @@ impl World {
             in_netns(name, || {
                 fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0")?;
                 fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")?;
+                // Rows wait for ICMP errors; the kernel's thrift with them is not under test.
+                fs::write("/proc/sys/net/ipv4/icmp_ratelimit", "0")?;
+                fs::write("/proc/sys/net/ipv6/icmp/ratelimit", "0")?;
                 Ok(())
             })?;
         }
         let bridge = self.netns("br");
-        let mut here = String::from("link set lo up\nlink add br0 type bridge stp_state 0 mcast_snooping 0\nlink set br0 up\n");
+        let mut here =
+            String::from("link set lo up\nlink add br0 type bridge stp_state 0 mcast_snooping 0\nlink set br0 up\n");
         for (i, net) in self.nets.iter().enumerate() {
             here += &format!("link add p{i} type veth peer name eth0 netns {}\n", self.netns(net.name));
             here += &format!("link set p{i} master br0 up\n");
@@ -234,8 +248,12 @@ pub fn sweep_stale() -> usize {
     let mut visit = |folder: &Path, prefix: &str, end: &dyn Fn(&Path)| {
         for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
             let name = entry.file_name();
-            let Some(rest) = name.to_str().and_then(|n| n.strip_prefix(prefix)) else { continue };
-            let Some((pid, _)) = rest.split_once('r') else { continue };
+            let Some(rest) = name.to_str().and_then(|n| n.strip_prefix(prefix)) else {
+                continue;
+            };
+            let Some((pid, _)) = rest.split_once('r') else {
+                continue;
+            };
             if pid.parse::<u32>().is_ok_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
                 end(&entry.path());
                 swept += 1;
@@ -262,7 +280,8 @@ pub fn clean_up_on_signals() -> Result<()> {
     set.thread_block()?;
     std::thread::spawn(move || {
         let signal = set.wait();
-        // Held to the end: no world may be born any more.
+        // Both are held to the end.
+        let _making = MAKING.write().unwrap_or_else(PoisonError::into_inner);
         let worlds = live();
         eprintln!("\ninterrupted: removing {} world(s)", worlds.len());
         for traces in worlds.values() {
@@ -271,6 +290,18 @@ pub fn clean_up_on_signals() -> Result<()> {
         std::process::exit(128 + signal.map_or(2, |s| s as i32));
     });
     Ok(())
+}
+
+/// Lets a child take the signals that [`clean_up_on_signals`] blocks here: it would inherit that.
+pub fn with_signals(command: &mut Command) -> &mut Command {
+    use std::os::unix::process::CommandExt;
+    // SAFETY: pthread_sigmask is async-signal-safe, and nothing else happens between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            nix::sys::signal::SigSet::empty().thread_set_mask()?;
+            Ok(())
+        })
+    }
 }
 
 fn end_cgroup(path: &Path) {

@@ -3,6 +3,8 @@
 //! Options after `--`: `--baseline-only` (no agent: what must work without segfw), `--filter TEXT`, `--jobs N`,
 //! `--list`, `--check-rules`, `--json FILE`.
 
+#![allow(clippy::print_stdout, reason = "the lines are the result")]
+
 use anyhow::{Context, Result, bail};
 use segfw_tests::table::{End, Options, run, select};
 use segfw_tests::{binary, rows, world};

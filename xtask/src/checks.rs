@@ -9,7 +9,17 @@ pub(crate) fn lint() -> Result<()> {
     say("cargo fmt --check");
     run(cargo().args(["fmt", "--all", "--check"]))?;
     say("clippy, user space");
-    run(cargo().args(["clippy", "--quiet", "--workspace", "--exclude", "segfw-ebpf", "--all-targets", "--", "-D", "warnings"]))?;
+    run(cargo().args([
+        "clippy",
+        "--quiet",
+        "--workspace",
+        "--exclude",
+        "segfw-ebpf",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
     say("clippy, eBPF");
     run(cargo()
         // Lets the stable compiler take -Z.

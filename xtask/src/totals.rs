@@ -36,7 +36,9 @@ pub(crate) fn test(args: &[String]) -> Result<()> {
     crate::run(cargo().args(["build", "--quiet", "--package", "segfw", "--package", "segfw-tests", "--bins"]))?;
     let mut system = cargo();
     system.args(["test", "--quiet", "--package", "segfw-tests", "--test", "system", "--"]).args(args);
-    system.env("SEGFW_BIN", target().join("debug/segfw"));
+    if std::env::var_os("SEGFW_BIN").is_none() {
+        system.env("SEGFW_BIN", target().join("debug/segfw"));
+    }
     step(&mut system, &mut totals, &mut broken)?;
     others(&mut totals, &mut broken)?;
     let Totals { passed, failed, skipped } = totals;
@@ -112,7 +114,8 @@ mod tests {
 
     #[test]
     fn reads_both_summaries() {
-        let libtest = "test result: FAILED. 3 passed; 1 failed; 2 ignored; 0 measured; 9 filtered out; finished in 0.1s";
+        let libtest =
+            "test result: FAILED. 3 passed; 1 failed; 2 ignored; 0 measured; 9 filtered out; finished in 0.1s";
         assert_eq!(summary(libtest), Some(Totals { passed: 3, failed: 1, skipped: 2 }));
         assert_eq!(summary("10 passed, 0 failed, 4 skipped"), Some(Totals { passed: 10, failed: 0, skipped: 4 }));
         assert_eq!(summary("skip 4 tcp4 was skipped"), None);

@@ -24,7 +24,8 @@ fn main() -> Result<()> {
             "--cgroup" => std::fs::write(format!("{value}/cgroup.procs"), std::process::id().to_string())
                 .with_context(|| format!("entering {value}"))?,
             "--netns" => {
-                let ns = std::fs::File::open(format!("/run/netns/{value}")).with_context(|| format!("netns {value}"))?;
+                let ns =
+                    std::fs::File::open(format!("/run/netns/{value}")).with_context(|| format!("netns {value}"))?;
                 nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWNET).context("setns")?;
             }
             "--comm" => {
@@ -137,9 +138,7 @@ fn so_error(fd: c_int) -> Result<(), c_int> {
     let mut value: c_int = 0;
     let mut len = size_of::<c_int>() as socklen_t;
     // SAFETY: value and len are valid for the call.
-    check(unsafe {
-        libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ERROR, (&raw mut value).cast(), &raw mut len)
-    })?;
+    check(unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ERROR, (&raw mut value).cast(), &raw mut len) })?;
     if value == 0 { Ok(()) } else { Err(value) }
 }
 
@@ -189,10 +188,8 @@ fn send_to(fd: c_int, data: &[u8], flags: c_int, to: Option<SocketAddr>) -> Resu
 
 /// The ones' complement sum of RFC 1071.
 fn checksum(data: &[u8]) -> u16 {
-    let mut sum: u32 = data
-        .chunks(2)
-        .map(|c| u32::from(u16::from_be_bytes([c[0], c.get(1).copied().unwrap_or(0)])))
-        .sum();
+    let mut sum: u32 =
+        data.chunks(2).map(|c| u32::from(u16::from_be_bytes([c[0], c.get(1).copied().unwrap_or(0)]))).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
@@ -355,9 +352,8 @@ impl Actor {
                 let mut space = nix::cmsg_space!([c_int; 1]);
                 let got = recvmsg::<UnixAddr>(fd, &mut part, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)
                     .map_err(|e| e as c_int)?;
-                let passed = got.cmsgs().map_err(|e| e as c_int)?.find_map(|c| match c {
-                    ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
-                    _ => None,
+                let passed = got.cmsgs().map_err(|e| e as c_int)?.find_map(|c| {
+                    if let ControlMessageOwned::ScmRights(fds) = c { fds.first().copied() } else { None }
                 });
                 Ok(self.keep(passed.ok_or(libc::ENOMSG)?))
             }

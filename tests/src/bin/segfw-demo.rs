@@ -100,7 +100,10 @@ impl Demo {
         agent.stop()?;
         drop(agent);
         drop(self);
-        println!("   processes, namespaces, cgroups and eBPF programs are gone ({:.1} s in all)", start.elapsed().as_secs_f32());
+        println!(
+            "   processes, namespaces, cgroups and eBPF programs are gone ({:.1} s in all)",
+            start.elapsed().as_secs_f32()
+        );
         Ok(())
     }
 

@@ -69,11 +69,7 @@ const fn ungranted(kind: &'static str, proto: &'static str, families: &'static [
 
 /// A socket that only the sender has: refused at the source; at the destination it is a datagram like any other.
 const fn crafted(kind: &'static str, families: &'static [Family], run: Try) -> Way {
-    Way {
-        allowed_egress: Some(Expect::NoSocket),
-        denied_egress: Expect::NoSocket,
-        ..way(kind, "udp", families, run)
-    }
+    Way { allowed_egress: Some(Expect::NoSocket), denied_egress: Expect::NoSocket, ..way(kind, "udp", families, run) }
 }
 
 const WAYS: &[Way] = &[
@@ -95,11 +91,7 @@ const WAYS: &[Way] = &[
     way("ipv4-options", "udp", FOUR, ipv4_options),
     crafted("raw-hdrincl", FOUR, raw_v4),
     crafted("raw-ipv6-udp", SIX, raw_v6),
-    Way {
-        allowed_egress: None,
-        denied_egress: Expect::Documented,
-        ..way("packet-socket", "udp", FOUR, packet)
-    },
+    Way { allowed_egress: None, denied_egress: Expect::Documented, ..way("packet-socket", "udp", FOUR, packet) },
     Way {
         allowed_egress: Some(Expect::NoSocket),
         denied_egress: Expect::NoSocket,
@@ -110,11 +102,7 @@ const WAYS: &[Way] = &[
     ungranted("sctp-one-to-one", "sctp", TWO, sctp_stream),
     ungranted("sctp-one-to-many", "sctp", TWO, sctp_many),
     ungranted("dccp", "dccp", TWO, dccp),
-    Way {
-        allowed_egress: None,
-        allowed_ingress: Some(Expect::Open),
-        ..way("multicast", "udp", TWO, multicast)
-    },
+    Way { allowed_egress: None, allowed_ingress: Some(Expect::Open), ..way("multicast", "udp", TWO, multicast) },
     Way { allowed_egress: None, ..way("broadcast", "udp", FOUR, broadcast) },
     Way {
         allowed_egress: None,
@@ -176,7 +164,9 @@ fn rows(direction: &'static str, first_half: bool) -> Vec<Row> {
             }
         }
     }
-    for row in families(&Row { direction, proto: "udp", ..tcp("icmp-error-comes-through", OPEN_SILENT, Expect::Related) }) {
+    for row in
+        families(&Row { direction, proto: "udp", ..tcp("icmp-error-comes-through", OPEN_SILENT, Expect::Related) })
+    {
         rows.push(Row { probe: Probe::Custom(related), baseline: Expect::Related, ..row });
     }
     // Neighbours that are plain, so that each group has both.
@@ -240,7 +230,12 @@ fn bound_source(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
         // The open port as source must not open anything; another one in the next run, for TIME_WAIT.
         let port = if shot.enforced { OPEN } else { OPEN_SILENT };
         cli.must(&Cmd::Bind { h, addr: SocketAddr::new(wildcard(dst.ip()), port).to_string() })?;
-        cli.must(&Cmd::SetOpt { h, level: libc::SOL_SOCKET, name: libc::SO_LINGER, value: vec![1, 0, 0, 0, 0, 0, 0, 0] })?;
+        cli.must(&Cmd::SetOpt {
+            h,
+            level: libc::SOL_SOCKET,
+            name: libc::SO_LINGER,
+            value: vec![1, 0, 0, 0, 0, 0, 0, 0],
+        })?;
         or_outcome!(cli.connect(h, dst, shot.ms)?, refusal);
         exchange(stage, shot, ENDS, listener, h)
     })
@@ -299,13 +294,8 @@ fn fastopen(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
         let (listener, h) = tcp_pair(stage, shot)?;
         let dst = to(stage, shot);
         stage.actor("srv").option(listener, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, 16)?;
-        let cmd = Cmd::SendTo {
-            h,
-            addr: dst.to_string(),
-            data: "ping".to_owned(),
-            flags: libc::MSG_FASTOPEN,
-            ms: shot.ms,
-        };
+        let cmd =
+            Cmd::SendTo { h, addr: dst.to_string(), data: "ping".to_owned(), flags: libc::MSG_FASTOPEN, ms: shot.ms };
         or_outcome!(stage.actor("cli").attempt(&cmd)?, refusal);
         let srv = stage.actor("srv");
         let peer = or_outcome!(srv.accept(listener, shot.ms)?, refusal);

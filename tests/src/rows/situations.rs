@@ -7,7 +7,9 @@ use crate::actor::{Actor, domain_of, wildcard};
 use crate::or_outcome;
 use crate::policy::{Yaml, at};
 use crate::proto::Cmd;
-use crate::table::{ENDS, Ends, Expect, Family, Group, Outcome, Probe, Proto, Row, Shot, Stage, Where, exchange, refusal};
+use crate::table::{
+    ENDS, Ends, Expect, Family, Group, Outcome, Probe, Proto, Row, Shot, Stage, Where, exchange, refusal,
+};
 use crate::world::{Net, net};
 use anyhow::Result;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -557,7 +559,9 @@ fn icmp() -> Group {
     yaml.allow("may-ping", "cli", "srv", "icmp/echo-request, icmpv6/echo-request");
     let mut rows = Vec::new();
     for family in [Family::V4, Family::V6] {
-        for (kind, run) in [("ping-socket-granted", ping_dgram as fn(&mut Stage, &Shot) -> _), ("raw-icmp-granted", ping_raw)] {
+        for (kind, run) in
+            [("ping-socket-granted", ping_dgram as fn(&mut Stage, &Shot) -> _), ("raw-icmp-granted", ping_raw)]
+        {
             rows.push(Row { family, proto: "icmp", ..custom(run, tcp(kind, 0, Expect::Open)) });
         }
         rows.push(Row { family, proto: "icmp", ..custom(ping_elsewhere, tcp("ping-elsewhere", 0, Expect::Closed)) });
@@ -596,7 +600,8 @@ fn prefixes() -> Group {
     yaml.rule("one-deny", at("application", 100), "cli", "one", &format!("{}, action: deny", ports(PORT)));
     // 5001: the wide prefix allows; what lies inside has that rule too.
     yaml.rule("wide-allow", at("application", 300), "cli", "wide", &format!("{}, action: allow", ports(OTHER)));
-    let row = |kind, to, port, expect| Row { evidence: "prefix", ..between(ENDS, Where::Extra(to), tcp(kind, port, expect)) };
+    let row =
+        |kind, to, port, expect| Row { evidence: "prefix", ..between(ENDS, Where::Extra(to), tcp(kind, port, expect)) };
     let mut rows = Vec::new();
     for made in [
         row("prefix-middle-allows", NEAR[0], PORT, Expect::Open),
@@ -681,10 +686,7 @@ fn monitored(name: &'static str, mode: &'static str, watched: &[&str]) -> (Yaml,
     yaml.enforced("cli", watched).enforced("strict", &[]).segment("srv", &addresses(1), &[]);
     yaml.rule("no", at("application", 100), "cli, strict", "srv", "ports: [tcp/5001, udp/5001], action: deny");
     let mut rows = Vec::new();
-    for made in [
-        tcp("deny-is-only-watched", OTHER, Expect::Open),
-        tcp("default-is-only-watched", PORT, Expect::Open),
-    ] {
+    for made in [tcp("deny-is-only-watched", OTHER, Expect::Open), tcp("default-is-only-watched", PORT, Expect::Open)] {
         rows.extend(spread(&Row { mode, ..made }));
     }
     let _ = name;
@@ -693,7 +695,11 @@ fn monitored(name: &'static str, mode: &'static str, watched: &[&str]) -> (Yaml,
 
 fn monitor_segment() -> Group {
     let (yaml, mut rows) = monitored("monitor-segment", "monitor-segment", &["mode: monitor"]);
-    rows.extend(spread(&between(("strict", "srv"), Where::Net("b"), tcp("neighbour-is-enforced", OTHER, Expect::Eperm))));
+    rows.extend(spread(&between(
+        ("strict", "srv"),
+        Where::Net("b"),
+        tcp("neighbour-is-enforced", OTHER, Expect::Eperm),
+    )));
     let mut group = managed_to_outside("monitor-segment", &yaml, rows);
     group.actors.push(("strict", "managed/strict", "a"));
     group
