@@ -1,1 +1,114 @@
-fn main() {}
+//! The project's own tooling, in plain Rust so that a checkout and rustup are all that is needed.
+#![allow(clippy::print_stdout, reason = "a command-line tool")]
+
+mod checks;
+mod clean;
+mod setup;
+mod totals;
+
+use anyhow::{Context, Result, bail};
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+const HELP: &str = "\
+cargo xtask COMMAND
+
+  setup   Install what building and testing needs: rust-src, bpf-linker (into target/tools), iproute2
+  demo    Three services, one policy, live: allowed, denied, and a connection that is cut (needs root, ~20 s)
+  test    All tests; those that load eBPF need root and are named as skipped without it
+  lint    Formatting, clippy on every crate, licences and sources of all dependencies
+  ci      lint, then test
+  clean   Remove what interrupted test runs left in the kernel, then run cargo clean (target/tools stays)
+
+`demo` and `test` run `setup` by themselves. Words after `--` go to the system tests:
+  cargo xtask test -- --filter bypass       only these rows
+  cargo xtask test -- --baseline-only       what must work without segfw
+  cargo xtask test -- --list                the table";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let (command, rest) = args.split_first().map_or(("help", &[][..]), |(c, rest)| (c.as_str(), rest));
+    let result = match command {
+        "setup" => setup::run(),
+        "demo" => demo(),
+        "test" => setup::run().and_then(|()| totals::test(rest.strip_prefix(&["--".to_owned()][..]).unwrap_or(rest))),
+        "lint" => setup::run().and_then(|()| checks::lint()),
+        "ci" => setup::run().and_then(|()| checks::lint()).and_then(|()| totals::test(&[])),
+        "clean" => clean::run(),
+        "help" | "-h" | "--help" => {
+            println!("{HELP}");
+            Ok(())
+        }
+        other => {
+            eprintln!("xtask: no command `{other}`\n\n{HELP}");
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("xtask {command}: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn demo() -> Result<()> {
+    setup::run()?;
+    if !is_root() {
+        bail!("the demo makes network namespaces and loads eBPF programs: run it as root (sudo -E cargo xtask demo)");
+    }
+    say("building");
+    run(cargo().args(["build", "--quiet", "--package", "segfw", "--package", "segfw-tests", "--bins"]))?;
+    // Not through `cargo run`: Ctrl-C must reach the demo, which cleans up, and nobody else.
+    run(&mut Command::new(target().join("debug/segfw-demo")))
+}
+
+/// The repository, wherever cargo was started.
+fn root() -> PathBuf {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+    own.parent().unwrap_or(own).to_owned()
+}
+
+fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
+
+/// Cargo, in the repository.
+fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root());
+    command
+}
+
+fn is_root() -> bool {
+    Command::new("id").arg("-u").output().is_ok_and(|o| o.stdout.trim_ascii() == b"0")
+}
+
+/// True if a command of this name can be started.
+fn has(name: impl AsRef<OsStr>) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    // Not every user's PATH holds the administrator's folders; `ip` often is there.
+    std::env::split_paths(&path)
+        .chain([PathBuf::from("/usr/sbin"), PathBuf::from("/sbin")])
+        .any(|folder| folder.join(name.as_ref()).is_file())
+}
+
+fn say(text: &str) {
+    println!("xtask: {text}");
+}
+
+/// Runs to the end; failure is an error that names the command.
+fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("starting {}", shown(command)))?;
+    if !status.success() {
+        bail!("{}: {status}", shown(command));
+    }
+    Ok(())
+}
+
+fn shown(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}

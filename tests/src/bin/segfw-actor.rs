@@ -1,0 +1,527 @@
+//! A process that lives where a test puts it and does what the test says, one JSON line at a time.
+//!
+//! `segfw-actor --cgroup PATH --netns NAME --comm NAME`: enters the cgroup and the network namespace before it does
+//! anything else, then reads orders from standard input until it ends.
+#![allow(clippy::print_stdout, reason = "answers go to standard output; that is the protocol")]
+
+use anyhow::{Context, Result};
+use io_uring::{IoUring, opcode, types};
+use libc::{c_int, c_void, socklen_t};
+use segfw_tests::proto::{Cmd, Reply};
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::io::{BufRead, Write};
+use std::mem::{size_of, zeroed};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+fn main() -> Result<()> {
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        let value = args.next().with_context(|| format!("{arg} needs a value"))?;
+        match arg.as_str() {
+            "--cgroup" => std::fs::write(format!("{value}/cgroup.procs"), std::process::id().to_string())
+                .with_context(|| format!("entering {value}"))?,
+            "--netns" => {
+                let ns =
+                    std::fs::File::open(format!("/run/netns/{value}")).with_context(|| format!("netns {value}"))?;
+                nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWNET).context("setns")?;
+            }
+            "--comm" => {
+                let name = CString::new(value)?;
+                nix::sys::prctl::set_name(&name)?;
+            }
+            _ => anyhow::bail!("unknown option {arg}"),
+        }
+    }
+    let mut actor = Actor::default();
+    println!("{{\"ok\":true}}");
+    for line in std::io::stdin().lock().lines() {
+        let cmd: Cmd = serde_json::from_str(&line?)?;
+        let start = Instant::now();
+        let mut reply = match actor.obey(cmd) {
+            Ok(reply) => Reply { ok: true, ..reply },
+            Err(no) => Reply { errno: format!("{:?}", nix::errno::Errno::from_raw(no)), ..Reply::default() },
+        };
+        reply.us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+        println!("{}", serde_json::to_string(&reply)?);
+        std::io::stdout().flush()?;
+    }
+    Ok(())
+}
+
+/// The result of an order: an answer or an error number.
+type Did = Result<Reply, c_int>;
+
+#[derive(Default)]
+struct Actor {
+    handles: BTreeMap<u32, OwnedFd>,
+    last: u32,
+}
+
+fn errno() -> c_int {
+    nix::errno::Errno::last_raw()
+}
+
+fn check(rc: c_int) -> Result<c_int, c_int> {
+    if rc < 0 { Err(errno()) } else { Ok(rc) }
+}
+
+fn check_size(rc: isize) -> Result<isize, c_int> {
+    if rc < 0 { Err(errno()) } else { Ok(rc) }
+}
+
+fn address(text: &str) -> Result<SocketAddr, c_int> {
+    text.parse().map_err(|_| libc::EINVAL)
+}
+
+/// A socket address as the kernel wants it.
+fn raw(addr: SocketAddr) -> (libc::sockaddr_storage, socklen_t) {
+    // SAFETY: all zero is a valid sockaddr_storage.
+    let mut storage: libc::sockaddr_storage = unsafe { zeroed() };
+    let len = match addr {
+        SocketAddr::V4(v4) => {
+            let sin = libc::sockaddr_in {
+                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_port: v4.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(v4.ip().octets()) },
+                sin_zero: [0; 8],
+            };
+            // SAFETY: sockaddr_storage is larger and at least as aligned as sockaddr_in.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in>().write(sin) };
+            size_of::<libc::sockaddr_in>()
+        }
+        SocketAddr::V6(v6) => {
+            let sin6 = libc::sockaddr_in6 {
+                sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                sin6_port: v6.port().to_be(),
+                sin6_flowinfo: 0,
+                sin6_addr: libc::in6_addr { s6_addr: v6.ip().octets() },
+                sin6_scope_id: v6.scope_id(),
+            };
+            // SAFETY: as above.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in6>().write(sin6) };
+            size_of::<libc::sockaddr_in6>()
+        }
+    };
+    (storage, len as socklen_t)
+}
+
+fn text_of(storage: &libc::sockaddr_storage) -> String {
+    match c_int::from(storage.ss_family) {
+        libc::AF_INET => {
+            // SAFETY: the family says which address it is.
+            let sin = unsafe { *(&raw const *storage).cast::<libc::sockaddr_in>() };
+            let ip = Ipv4Addr::from(sin.sin_addr.s_addr.to_ne_bytes());
+            SocketAddr::new(IpAddr::V4(ip), u16::from_be(sin.sin_port)).to_string()
+        }
+        libc::AF_INET6 => {
+            // SAFETY: the family says which address it is.
+            let sin = unsafe { *(&raw const *storage).cast::<libc::sockaddr_in6>() };
+            let ip = Ipv6Addr::from(sin.sin6_addr.s6_addr);
+            SocketAddrV6::new(ip, u16::from_be(sin.sin6_port), 0, sin.sin6_scope_id).to_string()
+        }
+        _ => String::new(),
+    }
+}
+
+/// Waits for one of `events`.
+fn wait(fd: c_int, events: libc::c_short, ms: u64) -> Result<(), c_int> {
+    let mut poll = libc::pollfd { fd, events, revents: 0 };
+    // SAFETY: one valid pollfd.
+    let n = check(unsafe { libc::poll(&raw mut poll, 1, c_int::try_from(ms).unwrap_or(c_int::MAX)) })?;
+    if n == 0 { Err(libc::ETIMEDOUT) } else { Ok(()) }
+}
+
+fn so_error(fd: c_int) -> Result<(), c_int> {
+    let mut value: c_int = 0;
+    let mut len = size_of::<c_int>() as socklen_t;
+    // SAFETY: value and len are valid for the call.
+    check(unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ERROR, (&raw mut value).cast(), &raw mut len) })?;
+    if value == 0 { Ok(()) } else { Err(value) }
+}
+
+/// The end of a connect that was begun with `began`.
+fn connected(fd: c_int, began: Result<c_int, c_int>, ms: u64) -> Did {
+    match began {
+        Ok(_) => Ok(Reply::default()),
+        Err(libc::EINPROGRESS) => {
+            wait(fd, libc::POLLOUT, ms)?;
+            so_error(fd)?;
+            Ok(Reply::default())
+        }
+        Err(no) => Err(no),
+    }
+}
+
+fn recv(fd: c_int, ms: u64, into: &mut [u8]) -> Result<(usize, String), c_int> {
+    let end = Instant::now() + Duration::from_millis(ms);
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        wait(fd, libc::POLLIN, u64::try_from(left.as_millis()).unwrap_or(0))?;
+        // SAFETY: all zero is a valid sockaddr_storage.
+        let mut from: libc::sockaddr_storage = unsafe { zeroed() };
+        let mut len = size_of::<libc::sockaddr_storage>() as socklen_t;
+        // SAFETY: the buffer and the address are valid for the lengths given.
+        let n = unsafe {
+            libc::recvfrom(fd, into.as_mut_ptr().cast(), into.len(), 0, (&raw mut from).cast(), &raw mut len)
+        };
+        match check_size(n) {
+            Ok(n) => return Ok((n.unsigned_abs(), text_of(&from))),
+            Err(libc::EAGAIN) => {}
+            Err(no) => return Err(no),
+        }
+    }
+}
+
+fn send_to(fd: c_int, data: &[u8], flags: c_int, to: Option<SocketAddr>) -> Result<isize, c_int> {
+    let (storage, len) = to.map_or_else(
+        // SAFETY: all zero is a valid sockaddr_storage.
+        || (unsafe { zeroed() }, 0),
+        raw,
+    );
+    let name = if to.is_some() { (&raw const storage).cast() } else { std::ptr::null() };
+    // SAFETY: data and address are valid for the lengths given.
+    check_size(unsafe { libc::sendto(fd, data.as_ptr().cast(), data.len(), flags | libc::MSG_NOSIGNAL, name, len) })
+}
+
+/// The ones' complement sum of RFC 1071.
+fn checksum(data: &[u8]) -> u16 {
+    let mut sum: u32 =
+        data.chunks(2).map(|c| u32::from(u16::from_be_bytes([c[0], c.get(1).copied().unwrap_or(0)]))).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
+fn udp_header(src: SocketAddr, dst: SocketAddr, data: &[u8]) -> Vec<u8> {
+    let len = u16::try_from(8 + data.len()).unwrap_or(u16::MAX);
+    let mut out = Vec::with_capacity(usize::from(len));
+    for word in [src.port(), dst.port(), len, 0] {
+        out.extend(word.to_be_bytes());
+    }
+    out.extend(data);
+    out
+}
+
+fn ipv4_packet(src: Ipv4Addr, dst: Ipv4Addr, payload: &[u8]) -> Vec<u8> {
+    let total = u16::try_from(20 + payload.len()).unwrap_or(u16::MAX).to_be_bytes();
+    let mut head = vec![0x45, 0, total[0], total[1], 0x12, 0x34, 0, 0, 64, 17, 0, 0];
+    head.extend(src.octets());
+    head.extend(dst.octets());
+    let sum = checksum(&head).to_be_bytes();
+    head[10..12].copy_from_slice(&sum);
+    head.extend(payload);
+    head
+}
+
+fn ifindex() -> Result<u32, c_int> {
+    // SAFETY: a literal C string.
+    let index = unsafe { libc::if_nametoindex(c"eth0".as_ptr()) };
+    if index == 0 { Err(errno()) } else { Ok(index) }
+}
+
+fn option(fd: c_int, level: c_int, name: c_int, value: &[u8]) -> Result<c_int, c_int> {
+    // SAFETY: value is valid for its length.
+    check(unsafe { libc::setsockopt(fd, level, name, value.as_ptr().cast(), value.len() as socklen_t) })
+}
+
+impl Actor {
+    fn keep(&mut self, fd: c_int) -> Reply {
+        self.last += 1;
+        // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
+        self.handles.insert(self.last, unsafe { OwnedFd::from_raw_fd(fd) });
+        Reply { h: self.last, ..Reply::default() }
+    }
+
+    fn fd(&self, h: u32) -> Result<c_int, c_int> {
+        self.handles.get(&h).map(AsRawFd::as_raw_fd).ok_or(libc::EBADF)
+    }
+
+    fn obey(&mut self, cmd: Cmd) -> Did {
+        let done = Reply::default();
+        match cmd {
+            Cmd::Socket { domain, kind, proto } => {
+                // SAFETY: no pointers.
+                let fd = unsafe { libc::socket(domain, kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, proto) };
+                Ok(self.keep(check(fd)?))
+            }
+            Cmd::SetOpt { h, level, name, value } => option(self.fd(h)?, level, name, &value).map(|_| done),
+            Cmd::Bind { h, addr } => {
+                let (name, len) = raw(address(&addr)?);
+                // SAFETY: name is valid for len.
+                check(unsafe { libc::bind(self.fd(h)?, (&raw const name).cast(), len) }).map(|_| done)
+            }
+            Cmd::Listen { h, backlog } => {
+                // SAFETY: no pointers.
+                check(unsafe { libc::listen(self.fd(h)?, backlog) }).map(|_| done)
+            }
+            Cmd::Accept { h, ms } => self.accept(h, ms),
+            Cmd::Connect { h, addr, ms } => {
+                let fd = self.fd(h)?;
+                let (name, len) = raw(address(&addr)?);
+                // SAFETY: name is valid for len.
+                let began = check(unsafe { libc::connect(fd, (&raw const name).cast(), len) });
+                connected(fd, began, ms)
+            }
+            Cmd::Disconnect { h } => {
+                // SAFETY: all zero is AF_UNSPEC.
+                let name: libc::sockaddr_storage = unsafe { zeroed() };
+                let len = size_of::<libc::sockaddr_in>() as socklen_t;
+                // SAFETY: name is valid for len.
+                check(unsafe { libc::connect(self.fd(h)?, (&raw const name).cast(), len) }).map(|_| done)
+            }
+            Cmd::Send { h, data, flags } => {
+                send_to(self.fd(h)?, data.as_bytes(), flags, None).map(|n| Reply { n: n as i64, ..done })
+            }
+            Cmd::SendTo { h, addr, data, flags, ms } => {
+                let fd = self.fd(h)?;
+                match send_to(fd, data.as_bytes(), flags, Some(address(&addr)?)) {
+                    Ok(n) if flags & libc::MSG_FASTOPEN == 0 => Ok(Reply { n: n as i64, ..done }),
+                    // With fast open the data went with the SYN; whether it was taken is known later.
+                    Ok(_) | Err(libc::EINPROGRESS) => connected(fd, Err(libc::EINPROGRESS), ms),
+                    Err(no) => Err(no),
+                }
+            }
+            Cmd::SendMmsg { h, list } => self.sendmmsg(h, &list),
+            Cmd::Recv { h, ms } => {
+                let mut buffer = vec![0; 65536];
+                let (n, from) = recv(self.fd(h)?, ms, &mut buffer)?;
+                let data = String::from_utf8_lossy(&buffer[..n]).into_owned();
+                Ok(Reply { data, from, n: n as i64, ..done })
+            }
+            Cmd::SoError { h } => so_error(self.fd(h)?).map(|()| done),
+            Cmd::LocalAddr { h } => {
+                // SAFETY: all zero is a valid sockaddr_storage.
+                let mut name: libc::sockaddr_storage = unsafe { zeroed() };
+                let mut len = size_of::<libc::sockaddr_storage>() as socklen_t;
+                // SAFETY: name is valid for len.
+                check(unsafe { libc::getsockname(self.fd(h)?, (&raw mut name).cast(), &raw mut len) })?;
+                Ok(Reply { from: text_of(&name), ..done })
+            }
+            Cmd::UringConnect { h, addr, ms } => {
+                let fd = self.fd(h)?;
+                let (name, len) = raw(address(&addr)?);
+                let entry = opcode::Connect::new(types::Fd(fd), (&raw const name).cast(), len).build();
+                let began = uring(&entry);
+                connected(fd, began, ms)
+            }
+            Cmd::UringSend { h, addr, data } => {
+                let (mut name, len) = match addr {
+                    Some(addr) => raw(address(&addr)?),
+                    // SAFETY: all zero is a valid sockaddr_storage.
+                    None => (unsafe { zeroed() }, 0),
+                };
+                let mut bytes = data.into_bytes();
+                let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+                // SAFETY: all zero is an empty msghdr.
+                let mut message: libc::msghdr = unsafe { zeroed() };
+                if len > 0 {
+                    message.msg_name = (&raw mut name).cast();
+                    message.msg_namelen = len;
+                }
+                message.msg_iov = &raw mut part;
+                message.msg_iovlen = 1;
+                let entry = opcode::SendMsg::new(types::Fd(self.fd(h)?), &raw const message).build();
+                uring(&entry).map(|n| Reply { n: n.into(), ..done })
+            }
+            Cmd::RawUdp { h, src, dst, data } => self.raw_udp(h, address(&src)?, address(&dst)?, data.as_bytes()),
+            Cmd::Ping { h, addr, ms } => self.ping(h, address(&addr)?, ms),
+            Cmd::FdListen { path } => {
+                let socket = std::os::unix::net::UnixDatagram::bind(path).map_err(|_| libc::EADDRINUSE)?;
+                Ok(self.keep(std::os::fd::IntoRawFd::into_raw_fd(socket)))
+            }
+            Cmd::SendFd { h, path } => {
+                use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+                let socket = std::os::unix::net::UnixDatagram::unbound().map_err(|_| libc::EMFILE)?;
+                let fds = [self.fd(h)?];
+                let to = UnixAddr::new(path.as_str()).map_err(|e| e as c_int)?;
+                let part = [std::io::IoSlice::new(b"x")];
+                let control = [ControlMessage::ScmRights(&fds)];
+                sendmsg(socket.as_raw_fd(), &part, &control, MsgFlags::empty(), Some(&to)).map_err(|e| e as c_int)?;
+                Ok(done)
+            }
+            Cmd::RecvFd { h, ms } => {
+                use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
+                let fd = self.fd(h)?;
+                wait(fd, libc::POLLIN, ms)?;
+                let mut byte = [0; 1];
+                let mut part = [std::io::IoSliceMut::new(&mut byte)];
+                let mut space = nix::cmsg_space!([c_int; 1]);
+                let got = recvmsg::<UnixAddr>(fd, &mut part, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)
+                    .map_err(|e| e as c_int)?;
+                let passed = got.cmsgs().map_err(|e| e as c_int)?.find_map(|c| {
+                    if let ControlMessageOwned::ScmRights(fds) = c { fds.first().copied() } else { None }
+                });
+                Ok(self.keep(passed.ok_or(libc::ENOMSG)?))
+            }
+            Cmd::Join { h, group } => self.join(h, &group),
+            Cmd::MoveCgroup { path } => std::fs::write(format!("{path}/cgroup.procs"), std::process::id().to_string())
+                .map(|()| done)
+                .map_err(|e| e.raw_os_error().unwrap_or(libc::EIO)),
+            Cmd::Unshare => {
+                nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).map_err(|e| e as c_int)?;
+                loopback_up().map(|()| done)
+            }
+            Cmd::Write { path, value } => {
+                std::fs::write(path, value).map(|()| done).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
+            }
+            Cmd::Close { h } => self.handles.remove(&h).map(|_| done).ok_or(libc::EBADF),
+            Cmd::CloseAll => {
+                self.handles.clear();
+                Ok(done)
+            }
+        }
+    }
+
+    fn accept(&mut self, h: u32, ms: u64) -> Did {
+        let fd = self.fd(h)?;
+        wait(fd, libc::POLLIN, ms)?;
+        // SAFETY: all zero is a valid sockaddr_storage.
+        let mut name: libc::sockaddr_storage = unsafe { zeroed() };
+        let mut len = size_of::<libc::sockaddr_storage>() as socklen_t;
+        let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+        // SAFETY: name is valid for len.
+        let fd = check(unsafe { libc::accept4(fd, (&raw mut name).cast(), &raw mut len, flags) })?;
+        Ok(Reply { from: text_of(&name), ..self.keep(fd) })
+    }
+
+    fn sendmmsg(&self, h: u32, list: &[(String, String)]) -> Did {
+        let mut names = Vec::new();
+        let mut parts: Vec<libc::iovec> = Vec::new();
+        for (addr, data) in list {
+            names.push(raw(address(addr)?));
+            parts.push(libc::iovec { iov_base: data.as_ptr().cast_mut().cast::<c_void>(), iov_len: data.len() });
+        }
+        let mut messages = Vec::new();
+        for (name, part) in names.iter_mut().zip(&mut parts) {
+            // SAFETY: all zero is an empty mmsghdr.
+            let mut message: libc::mmsghdr = unsafe { zeroed() };
+            message.msg_hdr.msg_name = (&raw mut name.0).cast();
+            message.msg_hdr.msg_namelen = name.1;
+            message.msg_hdr.msg_iov = &raw mut *part;
+            message.msg_hdr.msg_iovlen = 1;
+            messages.push(message);
+        }
+        // SAFETY: the messages point into vectors that live until the call returns.
+        let n = unsafe { libc::sendmmsg(self.fd(h)?, messages.as_mut_ptr(), messages.len() as u32, 0) };
+        check(n).map(|n| Reply { n: n.into(), ..Reply::default() })
+    }
+
+    fn raw_udp(&self, h: u32, src: SocketAddr, dst: SocketAddr, data: &[u8]) -> Did {
+        let fd = self.fd(h)?;
+        let datagram = udp_header(src, dst, data);
+        let mut domain: c_int = 0;
+        let mut len = size_of::<c_int>() as socklen_t;
+        // SAFETY: domain and len are valid for the call.
+        check(unsafe {
+            libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_DOMAIN, (&raw mut domain).cast(), &raw mut len)
+        })?;
+        match (domain, src.ip(), dst.ip()) {
+            (libc::AF_PACKET, IpAddr::V4(s), IpAddr::V4(d)) => {
+                // To everybody on the link: that saves asking for the neighbour's address.
+                let mut frame = vec![0xff; 6];
+                frame.extend([2, 0, 0, 0, 0, 1, 8, 0]);
+                frame.extend(ipv4_packet(s, d, &datagram));
+                // SAFETY: all zero is a valid sockaddr_ll.
+                let mut to: libc::sockaddr_ll = unsafe { zeroed() };
+                to.sll_family = libc::AF_PACKET as u16;
+                to.sll_ifindex = ifindex()? as c_int;
+                to.sll_halen = 6;
+                to.sll_addr[..6].fill(0xff);
+                let size = size_of::<libc::sockaddr_ll>() as socklen_t;
+                // SAFETY: frame and address are valid for the lengths given.
+                check_size(unsafe {
+                    libc::sendto(fd, frame.as_ptr().cast(), frame.len(), 0, (&raw const to).cast(), size)
+                })?;
+            }
+            (libc::AF_INET, IpAddr::V4(s), IpAddr::V4(d)) => {
+                send_to(fd, &ipv4_packet(s, d, &datagram), 0, Some(SocketAddr::new(dst.ip(), 0)))?;
+            }
+            (libc::AF_INET6, ..) => {
+                // The kernel fills in the checksum at offset 6.
+                option(fd, libc::IPPROTO_IPV6, 7, &6_i32.to_ne_bytes())?;
+                send_to(fd, &datagram, 0, Some(SocketAddr::new(dst.ip(), 0)))?;
+            }
+            _ => return Err(libc::EAFNOSUPPORT),
+        }
+        Ok(Reply::default())
+    }
+
+    fn ping(&self, h: u32, to: SocketAddr, ms: u64) -> Did {
+        let fd = self.fd(h)?;
+        let kind: u8 = if to.is_ipv4() { 8 } else { 128 };
+        let mut echo = vec![kind, 0, 0, 0, 0x5e, 0x6f, 0, 1];
+        echo.extend(b"segfw-echo");
+        if to.is_ipv4() {
+            let sum = checksum(&echo).to_be_bytes();
+            echo[2..4].copy_from_slice(&sum);
+        }
+        send_to(fd, &echo, 0, Some(to))?;
+        let end = Instant::now() + Duration::from_millis(ms);
+        let mut buffer = [0; 512];
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let (n, from) = recv(fd, u64::try_from(left.as_millis()).unwrap_or(0), &mut buffer)?;
+            let got = &buffer[..n];
+            // A raw socket also sees its own request on loopback, and the IPv4 header.
+            let icmp = if got.first().is_some_and(|b| b >> 4 == 4) { got.get(20..).unwrap_or(&[]) } else { got };
+            if matches!(icmp.first(), Some(0 | 129)) && icmp.ends_with(b"segfw-echo") {
+                return Ok(Reply { from, ..Reply::default() });
+            }
+        }
+    }
+
+    fn join(&self, h: u32, group: &str) -> Did {
+        let fd = self.fd(h)?;
+        let index = ifindex()?;
+        match group.parse().map_err(|_| libc::EINVAL)? {
+            IpAddr::V4(ip) => {
+                let request = libc::ip_mreqn {
+                    imr_multiaddr: libc::in_addr { s_addr: u32::from_ne_bytes(ip.octets()) },
+                    imr_address: libc::in_addr { s_addr: 0 },
+                    imr_ifindex: index as c_int,
+                };
+                // SAFETY: request is plain data.
+                let bytes = unsafe {
+                    std::slice::from_raw_parts((&raw const request).cast::<u8>(), size_of::<libc::ip_mreqn>())
+                };
+                option(fd, libc::IPPROTO_IP, libc::IP_ADD_MEMBERSHIP, bytes)?;
+            }
+            IpAddr::V6(ip) => {
+                let mut bytes = ip.octets().to_vec();
+                bytes.extend(index.to_ne_bytes());
+                option(fd, libc::IPPROTO_IPV6, libc::IPV6_ADD_MEMBERSHIP, &bytes)?;
+            }
+        }
+        Ok(Reply::default())
+    }
+}
+
+/// One operation through a ring of its own.
+fn uring(entry: &io_uring::squeue::Entry) -> Result<c_int, c_int> {
+    let os = |e: std::io::Error| e.raw_os_error().unwrap_or(libc::EIO);
+    let mut ring = IoUring::new(4).map_err(os)?;
+    // SAFETY: what the entry points to lives in the caller until this function returns.
+    unsafe { ring.submission().push(entry) }.map_err(|_| libc::EBUSY)?;
+    ring.submit_and_wait(1).map_err(os)?;
+    let result = ring.completion().next().ok_or(libc::EIO)?.result();
+    if result < 0 { Err(-result) } else { Ok(result) }
+}
+
+fn loopback_up() -> Result<(), c_int> {
+    // SAFETY: no pointers.
+    let fd = check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: the kernel just gave us this descriptor.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: all zero is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { zeroed() };
+    request.ifr_name[0] = b'l' as libc::c_char;
+    request.ifr_name[1] = b'o' as libc::c_char;
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: request is a valid ifreq.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) })?;
+    Ok(())
+}

@@ -1,0 +1,89 @@
+//! What a fresh machine lacks. Says what it installs, and what it cannot.
+
+use crate::{cargo, has, is_root, root, say};
+use anyhow::{Context, Result, bail};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+/// The one that produces what our loader takes.
+const BPF_LINKER: &str = "0.10.3";
+
+/// True if it ran and was content.
+pub(crate) fn run_quietly(command: &mut Command) -> bool {
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success())
+}
+
+pub(crate) fn run() -> Result<()> {
+    rust_src()?;
+    let linker = tool("bpf-linker");
+    if version(&linker).as_deref() != Some(BPF_LINKER) {
+        install("bpf-linker", Some(BPF_LINKER))?;
+    }
+    packages()
+}
+
+/// eBPF is built with `-Z build-std=core`, which compiles `core` from its sources.
+fn rust_src() -> Result<()> {
+    let sysroot = Command::new("rustc").args(["--print", "sysroot"]).current_dir(root()).output().context("rustc")?;
+    let sysroot = PathBuf::from(String::from_utf8_lossy(&sysroot.stdout).trim());
+    if sysroot.join("lib/rustlib/src/rust/library/core/src/lib.rs").is_file() {
+        return Ok(());
+    }
+    say("installing rust-src (rustup component add)");
+    if !has("rustup") {
+        bail!("rust-src is missing and there is no rustup: install your distribution's Rust source package");
+    }
+    crate::run(Command::new("rustup").args(["component", "add", "rust-src"]).current_dir(root()))
+}
+
+/// Where `cargo xtask` keeps its tools. Not below CARGO_TARGET_DIR: .cargo/config.toml names the linker there.
+pub(crate) fn tool(name: &str) -> PathBuf {
+    root().join("target/tools/bin").join(name)
+}
+
+fn version(path: &PathBuf) -> Option<String> {
+    let output = Command::new(path).arg("--version").output().ok()?;
+    String::from_utf8_lossy(&output.stdout).split_whitespace().nth(1).map(str::to_owned)
+}
+
+/// Into target/tools, with the dependencies that its author tested.
+pub(crate) fn install(name: &str, version: Option<&str>) -> Result<()> {
+    say(&format!("installing {name} {} into target/tools (some minutes, once)", version.unwrap_or("")));
+    let mut command = cargo();
+    command.args(["install", name, "--locked", "--force", "--root"]).arg(root().join("target/tools"));
+    // A folder of its own, kept between attempts but not in the way of ours.
+    command.arg("--target-dir").arg(root().join("target/tools/build"));
+    if let Some(version) = version {
+        command.args(["--version", version]);
+    }
+    // Not `--quiet`: minutes of silence look like a hang.
+    crate::run(&mut command)?;
+    let _ = std::fs::remove_dir_all(root().join("target/tools/build"));
+    Ok(())
+}
+
+/// Distribution packages, only where their command is missing.
+fn packages() -> Result<()> {
+    if has("ip") {
+        return Ok(());
+    }
+    if !is_root() {
+        say("the command `ip` is missing; the system tests need it: install iproute2 (Debian) or iproute (Fedora)");
+        return Ok(());
+    }
+    if has("apt-get") {
+        say("installing iproute2 (apt-get)");
+        run_quietly(Command::new("apt-get").args(["update", "-qq"]));
+        crate::run(
+            Command::new("apt-get")
+                .args(["install", "-y", "-qq", "--no-install-recommends", "iproute2"])
+                .env("DEBIAN_FRONTEND", "noninteractive")
+                .stdin(Stdio::null()),
+        )
+    } else if has("dnf") {
+        say("installing iproute (dnf)");
+        crate::run(Command::new("dnf").args(["install", "-y", "-q", "iproute"]).stdin(Stdio::null()))
+    } else {
+        bail!("the command `ip` is missing, and neither apt-get nor dnf is here to install it")
+    }
+}
