@@ -35,7 +35,8 @@ pub struct Change {
 }
 
 /// Compares two generations. Classes are compared by the ports they hold, since their numbers mean nothing across
-/// generations; rules by name, since the two may have been compiled with other numbers.
+/// generations; rules by name, since the two may have been compiled with other numbers; and a deadline alone is no
+/// difference, since a schedule compiled at another time is cut elsewhere.
 pub fn diff(have: &Tables, want: &Tables) -> Diff {
     let mut diff = Diff::default();
     let (old, new) = (Named::new(have), Named::new(want));

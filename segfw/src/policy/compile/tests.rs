@@ -732,6 +732,61 @@ fn compile_times() {
     }
 }
 
+/// Rules with inline selectors, addresses, `any`, schedules: what indexes badly.
+#[test]
+#[ignore = "prints times"]
+fn compile_times_of_odd_policies() {
+    let sets = |n: usize, from: usize| -> Vec<Labels> {
+        (from..from + n).map(|i| labels(&format!("app=a{},env=e{},i={i}", i % 1000, i % 3))).collect()
+    };
+    let (local, remote) = (sets(100, 0), sets(60_000, 1_000_000));
+    for kind in ["select", "address", "any", "no ports", "schedule"] {
+        let mut rng = Rng(3);
+        let mut policy = HostPolicy::default();
+        for app in 0..1000 {
+            policy.segments.push(segment(&format!("s{app}"), &format!("app=a{app}")));
+        }
+        for i in 0..100_000 {
+            rule_fast(&mut policy, &format!("allow s0 -> s{} tcp/{}", rng.below(1000), 1 + rng.below(500)), i);
+            let rule = policy.rules.last_mut().unwrap();
+            let requirement = |key: &str, value: String| Requirement::In { key: key.into(), values: vec![value] };
+            rule.from = match kind {
+                "select" => vec![PeerSpec::Select(Selector(vec![
+                    requirement("env", format!("e{}", rng.below(3))),
+                    requirement("i", format!("{}", 1_000_000 + rng.below(60_000))),
+                ]))],
+                "address" => vec![PeerSpec::Addresses(vec![
+                    format!("10.{}.{}.{}/{}", i >> 16, i >> 8 & 255, i & 255, 20 + rng.below(13)).parse().unwrap(),
+                ])],
+                "any" => vec![PeerSpec::Any],
+                _ => vec![PeerSpec::Segment(rng.below(1000))],
+            };
+            if kind == "no ports" {
+                rule.ports.clear();
+            }
+            if kind == "schedule" {
+                rule.schedule = Some(Schedule {
+                    text: format!("{}", i % 50),
+                    zone: jiff::tz::TimeZone::UTC,
+                    windows: vec![(1, 60 * (i as u32 % 50), 80_000), (3, 100, 200)],
+                });
+            }
+        }
+        let start = std::time::Instant::now();
+        let result = compile(&policy, &local, &remote, &mut Numbers::default(), clock());
+        let took = start.elapsed();
+        match result {
+            Ok(t) => println!(
+                "{kind}: {took:?}, {} entries, {} parts, {} prefixes",
+                t.rules.len(),
+                t.timeline.len(),
+                t.prefixes.len()
+            ),
+            Err(problems) => println!("{kind}: {took:?}, refused: {problems:?}"),
+        }
+    }
+}
+
 /// As `rule`, for segments named `s<index>`.
 fn rule_fast(policy: &mut HostPolicy, text: &str, i: usize) {
     let mut words = text.split_whitespace();
