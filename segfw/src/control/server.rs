@@ -492,7 +492,9 @@ mod tests {
         let wrong = Question { to: "nobody".parse().unwrap(), ..question };
         let error = agent.ask(Request::Explain(wrong)).await.unwrap_err();
         assert_eq!(error.to_string(), "no workload is called nobody");
-        assert!(matches!(agent.ask(Request::Reload).await, Err(ClientError::Failed(f)) if f.kind == FailureKind::System));
+        assert!(
+            matches!(agent.ask(Request::Reload).await, Err(ClientError::Failed(f)) if f.kind == FailureKind::System)
+        );
         let mut workloads = Client::connect(&agent.path).await.unwrap().ask(Request::Workloads).await.unwrap();
         let mut names = Vec::new();
         while let Some(Response::Workload(workload)) = workloads.next().await.unwrap() {
@@ -598,7 +600,10 @@ mod tests {
         assert!(matches!(answer.next().await, Err(ClientError::Incomplete)));
         assert!(!agent.path.exists());
         let error = Client::connect(&agent.path).await.unwrap_err().to_string();
-        assert!(error.starts_with("no agent is running: ") && error.contains("does not exist; start it with"), "{error}");
+        assert!(
+            error.starts_with("no agent is running: ") && error.contains("does not exist; start it with"),
+            "{error}"
+        );
         drop(agent.dir);
     }
 
