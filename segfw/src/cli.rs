@@ -50,10 +50,8 @@ impl CliError {
 }
 impl From<ClientError> for CliError {
     fn from(error: ClientError) -> Self {
-        match error {
-            ClientError::Failed(Failure { kind: FailureKind::Input, message }) => Self::usage(message),
-            other => Self::system(other),
-        }
+        let input = matches!(&error, ClientError::Failed(Failure { kind: FailureKind::Input, .. }));
+        if input { Self::usage(error) } else { Self::system(error) }
     }
 }
 impl From<std::io::Error> for CliError {
@@ -280,10 +278,11 @@ fn run(cli: Cli) -> Result<Exit, CliError> {
             let question = Question { from, to, port };
             let explanation = match policy {
                 Some(dir) => engine::explain_offline(&dir, question)?,
-                None => match runtime(false)?.block_on(ask(&socket, Request::Explain(question)))? {
-                    Response::Explanation(explanation) => explanation,
-                    other => return Err(unexpected(&other)),
-                },
+                None => {
+                    let answer = runtime(false)?.block_on(ask(&socket, Request::Explain(question)))?;
+                    let Response::Explanation(explanation) = answer else { return Err(another_question()) };
+                    explanation
+                }
             };
             print::out(&match output.output {
                 Output::Json => print::json(&explanation)?,
@@ -291,16 +290,15 @@ fn run(cli: Cli) -> Result<Exit, CliError> {
             })?;
             Ok(if explanation.verdict == Verdict::Denied.into() { Exit::No } else { Exit::Yes })
         }
-        Command::Status(args) => match runtime(false)?.block_on(ask(&socket, Request::Status))? {
-            Response::Status(status) => {
-                print::out(&match args.output {
-                    Output::Json => print::json(&status)?,
-                    Output::Table => show::status(&status),
-                })?;
-                Ok(show::status_exit(&status))
-            }
-            other => Err(unexpected(&other)),
-        },
+        Command::Status(args) => {
+            let answer = runtime(false)?.block_on(ask(&socket, Request::Status))?;
+            let Response::Status(status) = answer else { return Err(another_question()) };
+            print::out(&match args.output {
+                Output::Json => print::json(&status)?,
+                Output::Table => show::status(&status),
+            })?;
+            Ok(show::status_exit(&status))
+        }
         Command::Workloads(args) => runtime(false)?.block_on(workloads(&socket, args.output)),
         Command::Flows(args) => runtime(false)?.block_on(flows(&socket, args)),
     }
@@ -319,19 +317,16 @@ async fn ask(socket: &Path, request: Request) -> Result<Response, CliError> {
     Ok(Client::connect(socket).await?.ask_one(request).await?)
 }
 
-fn unexpected(response: &Response) -> CliError {
-    let text: String = format!("{response:?}").chars().take(100).collect();
-    CliError::system(format!("the agent answered another question: {text}"))
+fn another_question() -> CliError {
+    CliError::system("the agent answered another question; are CLI and agent of the same version?")
 }
 
 async fn workloads(socket: &Path, output: Output) -> Result<Exit, CliError> {
     let mut answer = Client::connect(socket).await?.ask(Request::Workloads).await?;
     let mut all = Vec::new();
     while let Some(response) = answer.next().await? {
-        match response {
-            Response::Workload(workload) => all.push(workload),
-            other => return Err(unexpected(&other)),
-        }
+        let Response::Workload(workload) = response else { return Err(another_question()) };
+        all.push(workload);
     }
     let text = match output {
         Output::Json => all.iter().map(print::json_line).collect::<Result<String, _>>()?,
@@ -355,7 +350,7 @@ async fn flows(socket: &Path, args: FlowArgs) -> Result<Exit, CliError> {
                 batch.push(item);
                 None
             }
-            Ok(Some(other)) => return Err(unexpected(&other)),
+            Ok(Some(_)) => return Err(another_question()),
             Ok(None) => Some(Ok(Exit::Yes)),
             Err(error) => Some(Err(error.into())),
         };
@@ -467,7 +462,10 @@ mod tests {
     #[test]
     fn the_agents_arguments_are_settled() {
         let dir = tempfile::tempdir().unwrap();
-        let line = format!("agent --policy {} --host-label zone=a --xdp eth0 --cgroup-root /c --socket /s", dir.path().display());
+        let line = format!(
+            "agent --policy {} --host-label zone=a --xdp eth0 --cgroup-root /c --socket /s",
+            dir.path().display()
+        );
         let Command::Agent(args) = parse(&line).unwrap().command else { panic!("not agent") };
         let config = args.settle("/s".into()).unwrap();
         let mut want = Config::new(dir.path(), "/c".into(), config.host.clone());
@@ -475,7 +473,9 @@ mod tests {
         want.xdp = vec!["eth0".to_owned()];
         want.host_labels = config::host_labels(&["zone=a".to_owned()]).unwrap();
         assert_eq!(config, want);
-        let Command::Agent(args) = parse("agent --policy /does/not/exist --cgroup-root /c").unwrap().command else { panic!() };
+        let Command::Agent(args) = parse("agent --policy /does/not/exist --cgroup-root /c").unwrap().command else {
+            panic!()
+        };
         assert_eq!(args.settle("/s".into()).unwrap_err().exit, Exit::Usage);
     }
 }

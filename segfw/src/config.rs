@@ -41,7 +41,9 @@ pub enum ConfigError {
     #[error("--host-label {0} is given twice")]
     LabelTwice(String),
     /// No hierarchy.
-    #[error("no cgroup2 file system is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup) or name it with --cgroup-root")]
+    #[error(
+        "no cgroup2 file system is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup) or name it with --cgroup-root"
+    )]
     NoCgroup2,
 }
 

@@ -2,12 +2,13 @@
 //! file, no socket, no kernel; a number it has no name for stays visible as a number.
 //!
 //! `decode` (bytes → event) → `sequence` (what is missing) → `record` (event → [`Record`]) → `history` (kept, followed)
-//! → `query` (which of them) → `render` (as text).
+//! → `query` (which of them) → `render` (as text). `intake` does the first four for the agent's main loop.
 
 pub mod coded;
 pub mod decode;
 pub mod fuzz;
 pub mod history;
+pub mod intake;
 pub mod query;
 pub mod record;
 pub mod render;
@@ -16,6 +17,7 @@ pub mod sequence;
 pub use coded::{Coded, Shared, Text};
 pub use decode::decode;
 pub use history::History;
+pub use intake::Intake;
 pub use query::{Filter, Query};
 pub use record::{Item, Loss, Names, Record, enrich};
 pub use sequence::Sequences;

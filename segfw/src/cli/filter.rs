@@ -65,9 +65,7 @@ impl Args for QueryArgs {
                     .help_heading("Which and how many"),
             )
             .arg(count("last", "The newest N that match [default: 20]").help_heading("Which and how many"))
-            .arg(
-                count("first", "The oldest N that match").help_heading("Which and how many").conflicts_with("last"),
-            )
+            .arg(count("first", "The oldest N that match").help_heading("Which and how many").conflicts_with("last"))
             .arg(at("since", "Not older: 5m, 2h30m, 1d, or 2026-11-21T20:00:00Z"))
             .arg(at("until", "Not newer: see --since"))
             .arg(
@@ -101,7 +99,8 @@ impl FromArgMatches for QueryArgs {
         let text = |name: &str| matches.get_one::<String>(name).cloned();
         let count = |name: &str| matches.get_one::<u32>(name).map(|n| *n as usize);
         Ok(Self {
-            filter: clauses(matches).map_err(|m| clap::Error::raw(clap::error::ErrorKind::ValueValidation, m + "\n"))?,
+            filter: clauses(matches)
+                .map_err(|m| clap::Error::raw(clap::error::ErrorKind::ValueValidation, m))?,
             since: text("since"),
             until: text("until"),
             last: count("last"),
@@ -156,7 +155,8 @@ mod tests {
 
     #[test]
     fn not_negates_the_next_filter_only() {
-        let Query { filter, .. } = query("--verdict DENIED --not --protocol udp --port 53 --not --ip=10.0.0.0/8 --verdict AUDIT");
+        let Query { filter, .. } =
+            query("--verdict DENIED --not --protocol udp --port 53 --not --ip=10.0.0.0/8 --verdict AUDIT");
         let clause = |flag, value, not| Clause::parse(flag, value, not).unwrap();
         let want = Filter(vec![
             clause("verdict", "DENIED", false),

@@ -186,7 +186,8 @@ pub(super) fn status(status: &StatusReport) -> String {
         s.more(&paint(BAD, &format!("not attached: {}", hook.name)));
     }
     s.line("gate", &format!("{}: {}", clean(&gate.name), clean(&gate.why)));
-    let full = |m: &&crate::control::report::MapReport| m.entries.saturating_mul(100) >= m.max.saturating_mul(FULL_PERCENT);
+    let full =
+        |m: &&crate::control::report::MapReport| m.entries.saturating_mul(100) >= m.max.saturating_mul(FULL_PERCENT);
     let full: Vec<_> = maps
         .iter()
         .filter(full)
@@ -200,7 +201,9 @@ pub(super) fn status(status: &StatusReport) -> String {
     let trouble: Vec<_> = counters
         .named
         .iter()
-        .filter(|(name, n)| **n != 0 && (name.ends_with("-full") || name.ends_with("-failed") || name.ends_with("-uncounted")))
+        .filter(|(name, n)| {
+            **n != 0 && (name.ends_with("-full") || name.ends_with("-failed") || name.ends_with("-uncounted"))
+        })
         .map(|(name, n)| paint(WARN, &format!("{name} {}", number(*n))))
         .collect();
     if !trouble.is_empty() {
@@ -252,7 +255,14 @@ pub(super) fn workloads(workloads: &[WorkloadReport]) -> String {
 
 fn rule(rule: &RuleReport) -> String {
     let RuleReport { policy, rule, tier, action, at } = rule;
-    format!("{} ({} {}, tier {}) at {}", paint(HEAD, &format!("{policy}/{rule}")), clean(action), "rule", clean(tier), clean(&at.to_string()))
+    format!(
+        "{} ({} {}, tier {}) at {}",
+        paint(HEAD, &format!("{policy}/{rule}")),
+        clean(action),
+        "rule",
+        clean(tier),
+        clean(&at.to_string())
+    )
 }
 
 /// Who decides what at each end, and why.
@@ -261,7 +271,11 @@ pub(super) fn explanation(explanation: &Explanation) -> String {
     let mut s = Screen(String::new());
     let ask = format!("{} -> {} {}", question.from, question.to, question.port);
     let _ = writeln!(s.0, "{} {}", paint(verdict_style(*verdict).bold(), &verdict.to_string()), clean(&ask));
-    let from = if policy_from == "agent" { "in force on this host".to_owned() } else { format!("read from {}", clean(policy_from)) };
+    let from = if policy_from == "agent" {
+        "in force on this host".to_owned()
+    } else {
+        format!("read from {}", clean(policy_from))
+    };
     match revision {
         Some(revision) => s.line("revision", &format!("{revision}, {from}")),
         None => s.line("policy", &from),
@@ -412,7 +426,9 @@ mod tests {
 
     #[test]
     fn status_when_all_is_well() {
-        check_plain(&status(&fixed::status()), expect![[r#"
+        check_plain(
+            &status(&fixed::status()),
+            expect![[r#"
             node-1        ENFORCING the policy is enforced
             revision      41 since 2026-11-18T09:30:00.000Z (2d 17h ago), digest 9f86d081884c, generation 3
                           from payments.yaml, web.yaml
@@ -427,14 +443,17 @@ mod tests {
             not covered   packet sockets: a process with CAP_NET_RAW can send and read frames past every hook
             absence       agent gone: lastKnownGood
             agent         pid 812, up 2d 17h, version 0.1.0, layout 1, kernel 6.12.0
-        "#]]);
+        "#]],
+        );
         assert_eq!(status_exit(&fixed::status()), Exit::Yes);
     }
 
     #[test]
     fn status_at_3_a_m() {
         let text = status(&fixed::degraded());
-        check_plain(&text, expect![[r#"
+        check_plain(
+            &text,
+            expect![[r#"
             node-1        DEGRADED enforced, but not all is as it should be
                           ! the wanted revision was refused: revision 41 stays in force
                             do: correct web-to-db.yaml:14:11, then `segfw policy check /etc/segfw/policies`
@@ -456,7 +475,8 @@ mod tests {
             not covered   packet sockets: a process with CAP_NET_RAW can send and read frames past every hook
             absence       agent gone: lastKnownGood
             agent         pid 812, up 2d 17h, version 0.1.0, layout 1, kernel 6.12.0
-        "#]]);
+        "#]],
+        );
         assert!(text.lines().count() <= 30, "more than one screen");
         assert_eq!(status_exit(&fixed::degraded()), Exit::No);
     }
@@ -464,13 +484,16 @@ mod tests {
     #[test]
     fn status_in_colour() {
         let text = status(&fixed::degraded());
-        check_colour(&text.lines().take(6).collect::<Vec<_>>().join("\n"), expect![[r#"
+        check_colour(
+            &text.lines().take(6).collect::<Vec<_>>().join("\n"),
+            expect![[r#"
             ^[2mnode-1^[0m        ^[1m^[31mDEGRADED^[0m enforced, but not all is as it should be
                           ^[1m^[31m!^[0m the wanted revision was refused: revision 41 stays in force
                             do: ^[1mcorrect web-to-db.yaml:14:11, then `segfw policy check /etc/segfw/policies`^[0m
                           ^[1m^[31m!^[0m cgroup_skb/ingress is not attached: inbound flows are not judged
                             do: ^[1msystemctl restart segfw^[0m
-            ^[2mrevision^[0m      ^[1m41^[0m since 2026-11-18T09:30:00.000Z (2d 17h ago), digest 9f86d081884c, generation 3"#]]);
+            ^[2mrevision^[0m      ^[1m41^[0m since 2026-11-18T09:30:00.000Z (2d 17h ago), digest 9f86d081884c, generation 3"#]],
+        );
     }
 
     #[test]
@@ -479,9 +502,12 @@ mod tests {
         open.state = State::Open { why: "no policy was ever loaded".to_owned() };
         open.revision = None;
         let text = status(&open);
-        check_plain(&text.lines().take(2).collect::<Vec<_>>().join("\n"), expect![[r#"
+        check_plain(
+            &text.lines().take(2).collect::<Vec<_>>().join("\n"),
+            expect![[r#"
             node-1        OPEN nothing is enforced: no policy was ever loaded
-            revision      none was ever loaded"#]]);
+            revision      none was ever loaded"#]],
+        );
         assert_eq!(status_exit(&open), Exit::No);
     }
 
@@ -494,19 +520,27 @@ mod tests {
 
     #[test]
     fn workloads_as_a_table() {
-        check_plain(&workloads(&fixed::workloads()), expect![[r#"
+        check_plain(
+            &workloads(&fixed::workloads()),
+            expect![[r#"
             WORKLOAD                    TREATED     SEGMENTS     LABELS                LABELS FROM        CGROUP
             postgresql@16-main.service  enforced    payments-db  app=payments,tier=db  Workload postgres  /system.slice/postgresql@16-main.service
             cron.service                no-segment  -            unit=cron.service     unit               /system.slice/cron.service
-        "#]]);
-        check_plain(&workloads(&[]), expect![[r#"
+        "#]],
+        );
+        check_plain(
+            &workloads(&[]),
+            expect![[r#"
             No workload is known on this host.
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn explanation_of_a_refusal() {
-        check_plain(&explanation(&fixed::explanation()), expect![[r#"
+        check_plain(
+            &explanation(&fixed::explanation()),
+            expect![[r#"
             DENIED app=web -> app=payments,tier=db tcp/5432
             revision      41, in force on this host
 
@@ -524,12 +558,15 @@ mod tests {
               pending     ALLOWED by payments-db-access/api-to-db (allow rule, tier application) at payments.yaml:14:7
 
             note          never denied: one workload to itself over loopback, neighbour discovery, DHCP client
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn explanation_of_an_allowed_flow() {
-        check_plain(&explanation(&fixed::allowed()), expect![[r#"
+        check_plain(
+            &explanation(&fixed::allowed()),
+            expect![[r#"
             ALLOWED app=web -> app=payments,tier=db tcp/5432
             revision      41, in force on this host
 
@@ -545,12 +582,15 @@ mod tests {
               until       2026-12-24T18:00:00.000Z
 
             note          never denied: one workload to itself over loopback, neighbour discovery, DHCP client
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn explanation_in_colour() {
-        check_colour(&explanation(&fixed::allowed()), expect![[r#"
+        check_colour(
+            &explanation(&fixed::allowed()),
+            expect![[r#"
             ^[1m^[32mALLOWED^[0m app=web -> app=payments,tier=db tcp/5432
             ^[2mrevision^[0m      41, in force on this host
 
@@ -566,13 +606,19 @@ mod tests {
             ^[2m  until^[0m       2026-12-24T18:00:00.000Z
 
             ^[2mnote^[0m          never denied: one workload to itself over loopback, neighbour discovery, DHCP client
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn explanation_as_json() {
         let json = serde_json::to_string(&fixed::explanation()).unwrap();
-        assert!(json.starts_with(r#"{"question":{"from":"app=web","to":"app=payments,tier=db","port":"tcp/5432"},"verdict":"DENIED","#), "{json}");
+        assert!(
+            json.starts_with(
+                r#"{"question":{"from":"app=web","to":"app=payments,tier=db","port":"tcp/5432"},"verdict":"DENIED","#
+            ),
+            "{json}"
+        );
         assert_eq!(serde_json::from_str::<Explanation>(&json).unwrap(), fixed::explanation());
     }
 
@@ -586,15 +632,21 @@ mod tests {
             help: None,
         });
         let report = PolicyCheck { files: 3, segments: 4, rules: 1, entries: None, findings };
-        check_plain(&check(&report), expect![[r#"
+        check_plain(
+            &check(&report),
+            expect![[r#"
             web-to-db.yaml:14:11: error: segment "payment-db" is not defined (did you mean "payments-db"?)
             web.yaml:3:1: warning: segment "web" selects no workload of this host
             not usable: 1 error, 1 warning; 3 files, 4 segments, 1 rule
-        "#]]);
+        "#]],
+        );
         let good = PolicyCheck { entries: Some(1204), findings: Vec::new(), ..report };
-        check_plain(&check(&good), expect![[r#"
+        check_plain(
+            &check(&good),
+            expect![[r#"
             good: 0 errors, 0 warnings; 3 files, 4 segments, 1 rule, 1,204 table entries
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
@@ -610,14 +662,17 @@ mod tests {
             check("BPF file system", Outcome::Bad, "not mounted", "mount -t bpf bpf /sys/fs/bpf"),
             check("BPF LSM", Outcome::Less, "bpf is not in lsm=", "add bpf to lsm= on the kernel command line"),
         ];
-        check_plain(&doctor(&checks), expect![[r#"
+        check_plain(
+            &doctor(&checks),
+            expect![[r#"
             good  cgroup2 is mounted  /sys/fs/cgroup
             BAD   BPF file system     not mounted
                   do: mount -t bpf bpf /sys/fs/bpf
             less  BPF LSM             bpf is not in lsm=
                   do: add bpf to lsm= on the kernel command line
             segfw cannot run here: 1 of 3 checks failed.
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]

@@ -18,10 +18,14 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// No socket.
-    #[error("no agent is running: {0} does not exist; start it with `systemctl start segfw` or `segfw agent --policy DIR`, or name its socket with --socket")]
+    #[error(
+        "no agent is running: {0} does not exist; start it with `systemctl start segfw` or `segfw agent --policy DIR`, or name its socket with --socket"
+    )]
     Absent(PathBuf),
     /// A socket without a listener.
-    #[error("no agent is running: {0} was left behind by one that was killed (what it had loaded is still enforced); start it with `systemctl start segfw` or `segfw agent --policy DIR`")]
+    #[error(
+        "no agent is running: {0} was left behind by one that was killed (what it had loaded is still enforced); start it with `systemctl start segfw` or `segfw agent --policy DIR`"
+    )]
     Dead(PathBuf),
     /// Not root.
     #[error("{0} is for root and for the agent's own user; try sudo")]
@@ -65,11 +69,15 @@ impl Client {
             Err(_) => return Err(ClientError::Hangs(owned())),
             Ok(Ok(stream)) => stream,
             Ok(Err(source)) => {
-                return Err(match source.kind() {
-                    io::ErrorKind::NotFound => ClientError::Absent(owned()),
-                    io::ErrorKind::ConnectionRefused => ClientError::Dead(owned()),
-                    io::ErrorKind::PermissionDenied => ClientError::Forbidden(owned()),
-                    _ => ClientError::Io { path: owned(), source },
+                let is = |kind| source.kind() == kind;
+                return Err(if is(io::ErrorKind::NotFound) {
+                    ClientError::Absent(owned())
+                } else if is(io::ErrorKind::ConnectionRefused) {
+                    ClientError::Dead(owned())
+                } else if is(io::ErrorKind::PermissionDenied) {
+                    ClientError::Forbidden(owned())
+                } else {
+                    ClientError::Io { path: owned(), source }
                 });
             }
         };

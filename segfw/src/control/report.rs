@@ -373,7 +373,9 @@ pub enum EndSpec {
 
 /// Not an end.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not an end of a flow; write labels (app=web,tier=api), a workload, a cgroup (/system.slice/x.service), an address, world, host or unresolved")]
+#[error(
+    "{0:?} is not an end of a flow; write labels (app=web,tier=api), a workload, a cgroup (/system.slice/x.service), an address, world, host or unresolved"
+)]
 pub struct NotAnEnd(String);
 
 impl FromStr for EndSpec {
@@ -482,7 +484,9 @@ impl fmt::Display for Service {
             Proto::Icmp | Proto::Icmpv6 if code == 0 => write!(f, "{}/{kind}", self.protocol),
             Proto::Icmp | Proto::Icmpv6 => write!(f, "{}/{kind}/{code}", self.protocol),
             Proto::Other => self.protocol.fmt(f),
-            Proto::Tcp | Proto::Udp | Proto::Sctp | Proto::UdpLite | Proto::Dccp => write!(f, "{}/{}", self.protocol, self.port),
+            Proto::Tcp | Proto::Udp | Proto::Sctp | Proto::UdpLite | Proto::Dccp => {
+                write!(f, "{}/{}", self.protocol, self.port)
+            }
         }
     }
 }
@@ -803,7 +807,9 @@ pub(crate) mod tests {
                     golden: None,
                 },
             ],
-            notes: vec!["never denied: one workload to itself over loopback, neighbour discovery, DHCP client".to_owned()],
+            notes: vec![
+                "never denied: one workload to itself over loopback, neighbour discovery, DHCP client".to_owned(),
+            ],
         }
     }
 
@@ -821,7 +827,17 @@ pub(crate) mod tests {
 
     #[test]
     fn ends_and_services_are_read_as_they_are_written() {
-        for text in ["app=web,tier=api", "postgres", "/system.slice/x.service", "10.0.0.5", "203.0.113.0/24", "2001:db8::1", "world", "host", "unresolved"] {
+        for text in [
+            "app=web,tier=api",
+            "postgres",
+            "/system.slice/x.service",
+            "10.0.0.5",
+            "203.0.113.0/24",
+            "2001:db8::1",
+            "world",
+            "host",
+            "unresolved",
+        ] {
             let end: EndSpec = text.parse().unwrap();
             assert_eq!(end.to_string(), text);
             assert!(!matches!((text.contains('='), &end), (false, EndSpec::Labels(_))));

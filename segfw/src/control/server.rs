@@ -221,10 +221,15 @@ pub async fn serve<B: Backend>(listener: Listener, backend: Arc<B>, shutdown: im
 }
 
 /// Root and the agent's own user.
+fn may_ask(uid: u32, owner: u32) -> bool {
+    uid == 0 || uid == owner
+}
+
+/// Asks the kernel who is at the other end.
 fn admit(stream: &UnixStream, owner: u32) -> Result<(), Failure> {
     let refused = |message| Failure { kind: FailureKind::Refused, message };
     let peer = stream.peer_cred().map_err(|e| refused(format!("the agent cannot see who you are: {e}")))?;
-    if peer.uid() == 0 || peer.uid() == owner {
+    if may_ask(peer.uid(), owner) {
         return Ok(());
     }
     tracing::warn!(uid = peer.uid(), pid = peer.pid(), "a caller at the control socket was refused");
@@ -492,7 +497,9 @@ mod tests {
         let wrong = Question { to: "nobody".parse().unwrap(), ..question };
         let error = agent.ask(Request::Explain(wrong)).await.unwrap_err();
         assert_eq!(error.to_string(), "no workload is called nobody");
-        assert!(matches!(agent.ask(Request::Reload).await, Err(ClientError::Failed(f)) if f.kind == FailureKind::System));
+        assert!(
+            matches!(agent.ask(Request::Reload).await, Err(ClientError::Failed(f)) if f.kind == FailureKind::System)
+        );
         let mut workloads = Client::connect(&agent.path).await.unwrap().ask(Request::Workloads).await.unwrap();
         let mut names = Vec::new();
         while let Some(Response::Workload(workload)) = workloads.next().await.unwrap() {
@@ -525,6 +532,12 @@ mod tests {
         assert_eq!(sequence(answer.next().await.unwrap()), Some(4));
         assert_eq!(sequence(answer.next().await.unwrap()), Some(6));
         assert_eq!(answer.next().await.unwrap(), None);
+    }
+
+    #[test]
+    fn who_may_ask() {
+        assert!(may_ask(0, 0) && may_ask(0, 990) && may_ask(990, 990));
+        assert!(!may_ask(1000, 0) && !may_ask(1000, 990) && !may_ask(u32::MAX, 0));
     }
 
     #[tokio::test]
@@ -598,7 +611,10 @@ mod tests {
         assert!(matches!(answer.next().await, Err(ClientError::Incomplete)));
         assert!(!agent.path.exists());
         let error = Client::connect(&agent.path).await.unwrap_err().to_string();
-        assert!(error.starts_with("no agent is running: ") && error.contains("does not exist; start it with"), "{error}");
+        assert!(
+            error.starts_with("no agent is running: ") && error.contains("does not exist; start it with"),
+            "{error}"
+        );
         drop(agent.dir);
     }
 

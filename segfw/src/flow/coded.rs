@@ -100,7 +100,9 @@ impl<T: Word> FromStr for Coded<T> {
     /// Upper and lower case are the same here, `_` and `-` too.
     fn from_str(s: &str) -> Result<Self, UnknownWord> {
         let wanted = s.replace('_', "-").to_ascii_lowercase();
-        if let Some(value) = T::all().find(|v| v.word().to_ascii_lowercase() == wanted.replace('-', "_") || v.word().eq_ignore_ascii_case(&wanted)) {
+        if let Some(value) = T::all().find(|v| {
+            v.word().to_ascii_lowercase() == wanted.replace('-', "_") || v.word().eq_ignore_ascii_case(&wanted)
+        }) {
             return Ok(Self::Known(value));
         }
         if let Some(raw) = wanted.strip_prefix("unknown-").and_then(|n| n.parse().ok()) {

@@ -1,9 +1,9 @@
 //! The last records of this host, and live readers of what comes. One reader that is slow holds nobody up: it is told
 //! how many records it missed.
 
+use super::Text;
 use super::query::Query;
 use super::record::{Item, Loss, LostIn};
-use super::Text;
 use jiff::Timestamp;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

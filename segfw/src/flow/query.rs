@@ -138,7 +138,10 @@ impl Clause {
             "label" => Test::Labels(labels(value).map_err(error)?),
             "identity" => Test::Identity(name()?),
             "segment" => Test::Segment(name()?),
-            "ip" => Test::Ip(net(value).ok_or_else(|| error(format!("{value:?} is neither an address nor a range like 10.0.0.0/8")))?),
+            "ip" => Test::Ip(
+                net(value)
+                    .ok_or_else(|| error(format!("{value:?} is neither an address nor a range like 10.0.0.0/8")))?,
+            ),
             "port" => {
                 let (first, last) = ports(value)
                     .ok_or_else(|| error(format!("{value:?} is neither a port nor a range like 6000-6010")))?;
@@ -349,7 +352,10 @@ pub fn time(text: &str, now: Timestamp) -> Result<Timestamp, NotATime> {
         None => (0, text.trim()),
     };
     let ago = if rest.is_empty() && days > 0 { SignedDuration::ZERO } else { rest.parse().map_err(|_| wrong())? };
-    let ago = days.checked_mul(24).and_then(|h| h.checked_mul(3600)).and_then(|s| ago.checked_add(SignedDuration::from_secs(s)));
+    let ago = days
+        .checked_mul(24)
+        .and_then(|h| h.checked_mul(3600))
+        .and_then(|s| ago.checked_add(SignedDuration::from_secs(s)));
     now.checked_sub(ago.ok_or_else(wrong)?).map_err(|_| wrong())
 }
 
@@ -361,9 +367,8 @@ mod tests {
 
     /// Filters as on the command line; `!` in front of the flag negates.
     fn filter(words: &[(&str, &str)]) -> Result<Filter, FilterError> {
-        let one = |(flag, value): &(&str, &str)| {
-            Clause::parse(flag.trim_start_matches('!'), value, flag.starts_with('!'))
-        };
+        let one =
+            |(flag, value): &(&str, &str)| Clause::parse(flag.trim_start_matches('!'), value, flag.starts_with('!'));
         words.iter().map(one).collect::<Result<_, _>>().map(Filter)
     }
 
@@ -409,7 +414,10 @@ mod tests {
             assert!(filter(&[(&not, miss)]).unwrap().matches(&record), "--not --{flag} {miss}");
             assert!(filter(&[(flag, hit), (flag, miss)]).unwrap().matches(&record), "either of --{flag}");
         }
-        assert_eq!(FLAGS.iter().filter(|f| !rows.iter().any(|r| r.0 == f.0)).map(|f| f.0).collect::<Vec<_>>(), ["to-identity", "from-segment"]);
+        assert_eq!(
+            FLAGS.iter().filter(|f| !rows.iter().any(|r| r.0 == f.0)).map(|f| f.0).collect::<Vec<_>>(),
+            ["to-identity", "from-segment"]
+        );
         assert!(!filter(&[("verdict", "ALLOWED"), ("port", "1")]).unwrap().matches(&record));
     }
 
@@ -442,7 +450,11 @@ mod tests {
             ("port", "70000", "--port: \"70000\" is neither a port nor a range like 6000-6010"),
             ("port", "9-3", "--port: \"9-3\" is neither a port nor a range like 6000-6010"),
             ("ip", "10.0.0", "--ip: \"10.0.0\" is neither an address nor a range like 10.0.0.0/8"),
-            ("label", "app=web,", "--label: \"app=web,\" has an empty label; write key=value, key!=value, key or !key, with commas between"),
+            (
+                "label",
+                "app=web,",
+                "--label: \"app=web,\" has an empty label; write key=value, key!=value, key or !key, with commas between",
+            ),
             ("rule", "", "--rule: the value is empty"),
         ];
         for (flag, value, want) in rows {

@@ -352,8 +352,7 @@ impl Names {
             let _ = self.identities.insert(identity.0, who(name, segments));
         }
         for (number, RuleName { policy, rule, tier: _, at, entries: _ }) in rules {
-            let words =
-                RuleWords { policy: policy.as_str().into(), rule: rule.as_str().into(), at: at.clone() };
+            let words = RuleWords { policy: policy.as_str().into(), rule: rule.as_str().into(), at: at.clone() };
             let _ = self.rules.insert(*number, words);
         }
     }

@@ -1,8 +1,8 @@
 //! Records as text. Every function returns a string with ANSI styles; whoever prints takes them out where they do not
 //! belong. Text that came from outside (process names, labels) is cleaned of control characters first.
 
-use super::record::{End, Icmp, Item, Loss, LostIn, Pending, Record, Traffic};
 use super::coded::Coded;
+use super::record::{End, Icmp, Item, Loss, LostIn, Pending, Record, Traffic};
 use anstyle::{AnsiColor, Style};
 use jiff::Timestamp;
 use segfw_common::Verdict;
@@ -36,7 +36,8 @@ pub enum Format {
 /// Text from outside, safe to show in a terminal: control and bidirectional characters are escaped.
 pub fn clean(text: &str) -> String {
     let hidden = |c: char| {
-        c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+        c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
     };
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -108,7 +109,8 @@ impl Columns {
 }
 
 /// The headings of the table of records.
-pub const HEADINGS: [&str; 9] = ["TIME", "KIND", "DIRECTION", "SOURCE", "DESTINATION", "PROTOCOL", "VERDICT", "BY", "PROCESS"];
+pub const HEADINGS: [&str; 9] =
+    ["TIME", "KIND", "DIRECTION", "SOURCE", "DESTINATION", "PROTOCOL", "VERDICT", "BY", "PROCESS"];
 
 /// Shows a stream of items in one format.
 #[derive(Debug)]
@@ -363,7 +365,9 @@ mod tests {
 
     #[test]
     fn table() {
-        let _ = check(Format::Table, expect![[r#"
+        let _ = check(
+            Format::Table,
+            expect![[r#"
             TIME                      KIND     DIRECTION  SOURCE                             DESTINATION                           PROTOCOL           VERDICT                 BY                                PROCESS
             2026-11-21T20:59:39.123Z  new      ingress    app=web,tier=api (10.0.0.5:43210)  app=payments,tier=db (10.0.0.9:5432)  tcp                ALLOWED                 payments-db-access/api-to-db r41  postgres[812] postgres
             2026-11-21T20:59:39.123Z  close    ingress    app=web,tier=api (10.0.0.5:43210)  app=payments,tier=db (10.0.0.9:5432)  tcp                ALLOWED                 payments-db-access/api-to-db r41  postgres[812] postgres
@@ -373,12 +377,15 @@ mod tests {
             2026-11-21T20:59:39.123Z  socket   egress     app=payments,tier=db               unresolved                            ip-255 raw socket  DENIED                  protocol-not-granted r41          postgres[812] postgres
             2026-11-21T20:59:40.000Z  denials  ingress    203.0.113.0/24                     app=payments,tier=db (:5432)          tcp                DENIED x1200            payments-db-access/no-vendor r41
             2026-11-21T20:59:39.124Z  lost                                                                                                                                                                      17 RECORDS lost in the kernel's ring buffer, between 2026-11-21T20:59:39.123Z and 2026-11-21T20:59:39.124Z on CPU 1
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn compact() {
-        let _ = check(Format::Compact, expect![[r#"
+        let _ = check(
+            Format::Compact,
+            expect![[r#"
             2026-11-21T20:59:39.123Z node-1 app=web,tier=api (10.0.0.5:43210) -> app=payments,tier=db (10.0.0.9:5432) tcp ingress ALLOWED payments-db-access/api-to-db r41 evidence=origin postgres[812] postgres
             2026-11-21T20:59:39.123Z node-1 app=web,tier=api (10.0.0.5:43210) -> app=payments,tier=db (10.0.0.9:5432) tcp ingress ALLOWED payments-db-access/api-to-db r41 close sent=1234 received=56 ms=12 rtt_us=180 retransmits=2 evidence=origin postgres[812] postgres
             2026-11-21T20:59:39.123Z node-1 app=payments,tier=db (10.0.0.9) -> world ([2001:db8::1]:443) tcp egress DENIED (rejected) segment-default r41 evidence=none \u{1b}[2Jcurl[812]
@@ -387,7 +394,8 @@ mod tests {
             2026-11-21T20:59:39.123Z node-1 app=payments,tier=db -> unresolved ip-255 raw socket egress DENIED protocol-not-granted r41 socket postgres[812] postgres
             2026-11-21T20:59:40.000Z node-1 203.0.113.0/24 -> app=payments,tier=db (:5432) tcp ingress DENIED x1200 payments-db-access/no-vendor r41
             2026-11-21T20:59:39.124Z 17 RECORDS lost in the kernel's ring buffer, between 2026-11-21T20:59:39.123Z and 2026-11-21T20:59:39.124Z on CPU 1
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
@@ -401,7 +409,9 @@ mod tests {
 
     #[test]
     fn json_is_one_object_per_line() {
-        let text = check(Format::Json, expect![[r#"
+        let text = check(
+            Format::Json,
+            expect![[r#"
             {"time":"2026-11-21T20:59:39.123456789Z","host":"node-1","kind":"new","direction":"ingress","verdict":"ALLOWED","reason":"rule","source":{"ip":"10.0.0.5","port":43210,"identity":256,"name":"app=web,tier=api","labels":{"app":"web","tier":"api"},"segments":["payments-api"],"evidence":"origin"},"destination":{"ip":"10.0.0.9","port":5432,"identity":257,"name":"app=payments,tier=db","labels":{"app":"payments","tier":"db"},"segments":["payments-db"]},"protocol":"tcp","rule":"api-to-db","policy":"payments-db-access","revision":41,"generation":3,"pid":812,"process":"postgres","workload":"postgres","cgroup":"/system.slice/postgresql.service","netns":1,"hook":"cgroup_skb/ingress","cpu":0,"sequence":17}
             {"time":"2026-11-21T20:59:39.123456789Z","host":"node-1","kind":"close","direction":"ingress","verdict":"ALLOWED","reason":"rule","source":{"ip":"10.0.0.5","port":43210,"identity":256,"name":"app=web,tier=api","labels":{"app":"web","tier":"api"},"segments":["payments-api"],"evidence":"origin"},"destination":{"ip":"10.0.0.9","port":5432,"identity":257,"name":"app=payments,tier=db","labels":{"app":"payments","tier":"db"},"segments":["payments-db"]},"protocol":"tcp","rule":"api-to-db","policy":"payments-db-access","revision":41,"generation":3,"pid":812,"process":"postgres","workload":"postgres","cgroup":"/system.slice/postgresql.service","netns":1,"hook":"cgroup_skb/ingress","bytes_sent":1234,"bytes_received":56,"segments_sent":0,"segments_received":0,"retransmits":2,"rtt_us":180,"duration_ms":12,"cpu":0,"sequence":17}
             {"time":"2026-11-21T20:59:39.123456789Z","host":"node-1","kind":"new","direction":"egress","verdict":"DENIED","reason":"segment-default","rejected":true,"source":{"ip":"10.0.0.9","identity":257,"name":"app=payments,tier=db","labels":{"app":"payments","tier":"db"},"segments":["payments-db"]},"destination":{"ip":"2001:db8::1","port":443,"identity":2,"name":"world","evidence":"none"},"protocol":"tcp","revision":41,"generation":3,"pid":812,"process":"\u001b[2Jcurl","cgroup":"id:99","netns":1,"hook":"cgroup_skb/ingress","cpu":0,"sequence":17}
@@ -410,7 +420,8 @@ mod tests {
             {"time":"2026-11-21T20:59:39.123456789Z","host":"node-1","kind":"socket","direction":"egress","verdict":"DENIED","reason":"protocol-not-granted","source":{"identity":257,"name":"app=payments,tier=db","labels":{"app":"payments","tier":"db"},"segments":["payments-db"]},"destination":{"identity":0,"name":"unresolved"},"protocol":"ip-255","socket_type":"raw","revision":41,"generation":3,"pid":812,"process":"postgres","workload":"postgres","cgroup":"/system.slice/postgresql.service","netns":1,"hook":"cgroup_skb/ingress","cpu":0,"sequence":17}
             {"time":"2026-11-21T20:59:40Z","host":"node-1","kind":"denials","direction":"ingress","verdict":"DENIED","reason":"rule","source":{"identity":258,"name":"203.0.113.0/24","segments":["vendors"]},"destination":{"port":5432,"identity":257,"name":"app=payments,tier=db","labels":{"app":"payments","tier":"db"},"segments":["payments-db"]},"protocol":"tcp","rule":"no-vendor","policy":"payments-db-access","revision":41,"generation":3,"hook":"cgroup_skb/ingress","count":1200}
             {"time":"2026-11-21T20:59:39.124456789Z","host":"node-1","lost":17,"lost_in":"ring-buffer","cpu":1,"after":"2026-11-21T20:59:39.123456789Z","before":"2026-11-21T20:59:39.124456789Z"}
-        "#]]);
+        "#]],
+        );
         assert_eq!(text.lines().count(), items().len());
         assert!(!text.contains('\x1b'));
     }
@@ -422,7 +433,8 @@ mod tests {
         let first = renderer.items(&items[1..2]);
         let second = renderer.items(&items[..1]);
         assert!(first.contains("TIME") && !second.contains("TIME"));
-        let column = |text: &str| anstream::adapter::strip_str(text.lines().last().unwrap()).to_string().find("app=payments");
+        let column =
+            |text: &str| anstream::adapter::strip_str(text.lines().last().unwrap()).to_string().find("app=payments");
         assert_eq!(column(&first), column(&second));
     }
 

@@ -59,9 +59,7 @@ impl Sequences {
         let mut certain = Vec::new();
         let Some(cpu) = self.cpus.get_mut(&event.cpu) else {
             // The first event we see of this CPU: nothing can be said about those before it.
-            let _ = self
-                .cpus
-                .insert(event.cpu, Cpu { next: number.saturating_add(1), newest: time, open: Vec::new() });
+            let _ = self.cpus.insert(event.cpu, Cpu { next: number.saturating_add(1), newest: time, open: Vec::new() });
             return certain;
         };
         if number == cpu.next {
