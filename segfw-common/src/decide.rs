@@ -286,7 +286,8 @@ pub fn decide<T: Lookup>(t: &T, flow: &Flow, peer: &Peer) -> Decision {
         verdict,
         reason: reason_from_raw(reason),
         reject: action as u8 == Action::Reject as u8,
-        quiet: entry.flags & RuleEntry::NO_LOG != 0,
+        // A refusal is always told.
+        quiet: entry.flags & RuleEntry::NO_LOG != 0 && !refused,
         rule: entry.rule,
         pending: entry.pending,
         pending_rule: entry.pending_rule,

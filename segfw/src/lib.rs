@@ -6,14 +6,10 @@
 //! * [`datapath`]: the only module that names aya; every bpf(2) call is made there.
 //! * [`agent`]: owns the tasks; [`control`] is its door; [`cli`] is the only place that prints.
 
-pub mod datapath;
-pub mod host;
-//! * `host`: what this machine is: cgroups, namespaces, addresses, sockets.
-//! * `datapath`: the only module that names aya; every bpf(2) call is made there.
-//! * `agent`: owns the tasks; `cli` is the only place that prints.
-
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod datapath;
 pub mod flow;
+pub mod host;
 pub mod policy;
