@@ -47,16 +47,18 @@ impl Datapath {
         sys::map_delete(self.map("ADDRESSES")?, addr).map_err(|e| Error::sys(format!("forget address {addr}"), e))
     }
 
+    /// What is known of one address.
+    pub fn address(&self, addr: &Addr) -> Result<Option<AddressEntry>, Error> {
+        sys::map_lookup(self.map("ADDRESSES")?, addr).map_err(|e| Error::sys("read ADDRESSES", e))
+    }
+
     /// Every address of this host.
     pub fn addresses(&self) -> Result<Vec<(Addr, AddressEntry)>, Error> {
         sys::map_dump(self.map("ADDRESSES")?, 256).map_err(|e| Error::sys("read ADDRESSES", e))
     }
 
-    /// Enters an endpoint that the inventory found; an entry of the hooks is newer and stays.
-    pub fn add_endpoint(&self, key: &EndpointKey, entry: &EndpointEntry) -> Result<(), Error> {
-        if self.endpoint(key)?.is_some() {
-            return Ok(());
-        }
+    /// Enters an endpoint that the inventory found.
+    pub fn set_endpoint(&self, key: &EndpointKey, entry: &EndpointEntry) -> Result<(), Error> {
         sys::map_update(self.map("ENDPOINTS")?, key, entry).map_err(|e| Error::sys("enter an endpoint", e))
     }
 
