@@ -5,6 +5,9 @@ use crate::{cargo, has, run, say};
 use anyhow::{Result, bail};
 use std::process::Command;
 
+/// Fixed, so that a lint does not change by itself.
+const CARGO_DENY: &str = "0.20.2";
+
 pub(crate) fn lint() -> Result<()> {
     say("cargo fmt --check");
     run(cargo().args(["fmt", "--all", "--check"]))?;
@@ -36,7 +39,7 @@ fn deny() -> Result<()> {
     } else if has("cargo-deny") {
         "cargo-deny".into()
     } else {
-        install("cargo-deny", None)?;
+        install("cargo-deny", CARGO_DENY)?;
         own
     };
     let deny = |which: &[&str]| {
