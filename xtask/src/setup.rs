@@ -48,7 +48,7 @@ fn version(path: &PathBuf) -> Option<String> {
 
 /// Into target/tools, with the dependencies that its author tested.
 pub(crate) fn install(name: &str, version: &str) -> Result<()> {
-    say(&format!("installing {name} {} into target/tools (some minutes, once)", version));
+    say(&format!("installing {name} {version} into target/tools (some minutes, once)"));
     let mut command = cargo();
     command.args(["install", name, "--locked", "--force", "--root"]).arg(root().join("target/tools"));
     // A folder of its own, kept between attempts but not in the way of ours.
