@@ -5,6 +5,9 @@ use crate::{cargo, has, run, say};
 use anyhow::{Result, bail};
 use std::process::Command;
 
+/// Fixed, so that a lint does not change by itself.
+const CARGO_DENY: &str = "0.20.2";
+
 pub(crate) fn lint() -> Result<()> {
     say("cargo fmt --check");
     run(cargo().args(["fmt", "--all", "--check"]))?;
@@ -36,7 +39,7 @@ fn deny() -> Result<()> {
     } else if has("cargo-deny") {
         "cargo-deny".into()
     } else {
-        install("cargo-deny", None)?;
+        install("cargo-deny", CARGO_DENY)?;
         own
     };
     let deny = |which: &[&str]| {
@@ -50,7 +53,7 @@ fn deny() -> Result<()> {
     // not the same as "no advisories": say so.
     let mut fetch = Command::new(&program);
     fetch.current_dir(crate::root()).args(["fetch", "db"]).env("GIT_TERMINAL_PROMPT", "0");
-    if run_quietly(&mut fetch) {
+    if run_quietly(&mut fetch) || has_advisories() {
         say("cargo deny: advisories");
         if let Err(e) = run(deny(&["advisories"]).arg("--disable-fetch")) {
             bail!("a dependency has an advisory: {e:#}");
@@ -59,4 +62,12 @@ fn deny() -> Result<()> {
         say("NOT CHECKED: security advisories (the RustSec database cannot be fetched from here)");
     }
     Ok(())
+}
+
+/// True if an earlier fetch left a database; an old one is better than none.
+fn has_advisories() -> bool {
+    let home = std::env::var_os("CARGO_HOME").map(std::path::PathBuf::from);
+    let home = home.or_else(|| std::env::var_os("HOME").map(|h| std::path::Path::new(&h).join(".cargo")));
+    let folders = home.and_then(|h| std::fs::read_dir(h.join("advisory-dbs")).ok());
+    folders.into_iter().flatten().flatten().any(|e| e.path().join("crates").is_dir())
 }
