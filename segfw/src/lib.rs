@@ -6,6 +6,7 @@
 //! * [`datapath`]: the only module that names aya; every bpf(2) call is made there.
 //! * [`agent`]: owns the tasks; [`control`] is its door; [`cli`] is the only place that prints.
 
+pub mod agent;
 pub mod cli;
 pub mod config;
 pub mod control;

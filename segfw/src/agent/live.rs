@@ -107,7 +107,7 @@ pub fn sweep(
     draining: &BTreeMap<u64, u64>,
     swept: &mut Swept,
 ) -> Result<(), crate::host::sockdiag::Error> {
-    let diag = Diag::open(namespace)?;
+    let mut diag = Diag::open(namespace)?;
     let mut socks = Vec::new();
     for protocol in [Sock::TCP, Sock::UDP] {
         for v6 in [false, true] {
@@ -188,7 +188,7 @@ pub fn endpoints(
     cgroups: &BTreeMap<u64, CgroupEntry>,
     found: &mut BTreeMap<EndpointKey, EndpointEntry>,
 ) -> Result<(), crate::host::sockdiag::Error> {
-    let diag = Diag::open(namespace)?;
+    let mut diag = Diag::open(namespace)?;
     for protocol in [Sock::TCP, Sock::UDP, Sock::UDPLITE] {
         for v6 in [false, true] {
             let socks = match diag.inet(v6, protocol) {

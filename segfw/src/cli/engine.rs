@@ -13,9 +13,7 @@ fn not_linked<T>(what: &str) -> Result<T, CliError> {
 
 /// `segfw agent`. Ends with SIGTERM or SIGINT.
 pub(super) async fn agent(config: Config) -> Result<(), CliError> {
-    // crate::agent::run(config, stopped()).await.map_err(|e| CliError::system(format!("{e:#}")))
-    let _ = (config, stopped());
-    not_linked("segfw agent")
+    crate::agent::run(config, stopped()).await.map_err(|e| CliError::system(format!("{e:#}")))
 }
 
 /// SIGTERM or SIGINT.

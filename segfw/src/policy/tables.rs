@@ -50,17 +50,26 @@ pub struct Numbers {
     pub identities: BTreeMap<String, u32>,
     /// `policy/rule` → number, from 1.
     pub rules: BTreeMap<String, u32>,
+    /// Added to both; see [`Numbers::skip`].
+    #[serde(default)]
+    base: u32,
 }
 
 impl Numbers {
+    /// Starts behind every number that may be in use: `room` apart, at a place that depends on `salt` (the boot time),
+    /// for the case that the meaning of the old numbers is lost while sockets still hold them.
+    pub fn skip(&mut self, room: u32, salt: u64) {
+        self.base = (room as u64 + salt % u64::from(room)) as u32;
+    }
+
     pub fn identity(&mut self, canonical: &str) -> Identity {
-        Identity(number(&mut self.identities, canonical, Identity::FIRST_DYNAMIC))
+        Identity(number(&mut self.identities, canonical, Identity::FIRST_DYNAMIC + self.base))
     }
     pub fn labels(&mut self, labels: &Labels) -> Identity {
         self.identity(&canonical(labels))
     }
     pub fn rule(&mut self, policy: &str, rule: &str) -> u32 {
-        number(&mut self.rules, &format!("{policy}/{rule}"), 1)
+        number(&mut self.rules, &format!("{policy}/{rule}"), 1 + self.base)
     }
 }
 

@@ -710,7 +710,7 @@ fn monitor_host() -> Group {
     let (yaml, mut rows) = monitored("monitor-host", "monitor-host", &[]);
     let row = flow("enforced-after-monitor", Proto::Tcp, OTHER, Expect::Eperm);
     rows.push(custom(leave_monitor, row));
-    Group { agent_args: vec!["--mode".into(), "monitor".into()], ..managed_to_outside("monitor-host", &yaml, rows) }
+    Group { agent_args: vec!["--monitor".into()], ..managed_to_outside("monitor-host", &yaml, rows) }
 }
 
 fn leave_monitor(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {

@@ -1,0 +1,283 @@
+//! What the control socket is told.
+
+use super::{Agent, Core, trouble};
+use crate::control::report::{
+    Absence, AgentReport, CounterReport, Enforcement, Explanation, Gate, HookReport, MapReport, Question, ReloadReport,
+    State, StatusReport, Uncovered, VerdictCount, WorkloadCounts, WorkloadReport,
+};
+use crate::control::{Backend, Failure};
+use crate::datapath::attach::EGRESS;
+use crate::flow::History;
+use crate::policy::host_policy::{Labels, Members};
+use jiff::Timestamp;
+use segfw_common::event::Counter;
+use segfw_common::{ABI_VERSION, Direction, Identity, LocalEntry, Reason, Verdict, bounds, control};
+use std::path::Path;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+
+impl Backend for Agent {
+    async fn status(&self) -> Result<StatusReport, Failure> {
+        let mut counters = self.count()?;
+        let core = self.core();
+        for (name, value) in core.counters_of_agent() {
+            let _ = counters.named.insert(name, value);
+        }
+        core.status(counters)
+    }
+
+    async fn workloads(&self) -> Result<Vec<WorkloadReport>, Failure> {
+        Ok(self.core().workloads())
+    }
+
+    async fn explain(&self, question: Question) -> Result<Explanation, Failure> {
+        self.core().explain(&question)
+    }
+
+    async fn counters(&self) -> Result<CounterReport, Failure> {
+        self.count()
+    }
+
+    async fn reload(&self) -> Result<ReloadReport, Failure> {
+        Ok(self.core().reload())
+    }
+
+    fn history(&self) -> &History {
+        &self.history
+    }
+}
+
+impl Agent {
+    fn count(&self) -> Result<CounterReport, Failure> {
+        let mut report = self.core().counters()?;
+        if let Some(counts) = self.counts.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            for (name, value) in counts.named() {
+                let _ = report.named.insert(name.to_owned(), value);
+            }
+        }
+        Ok(report)
+    }
+}
+
+fn system(error: impl std::fmt::Display) -> Failure {
+    Failure::system(error.to_string())
+}
+
+impl Core {
+    fn counters_of_agent(&self) -> Vec<(String, u64)> {
+        let (kept, overwritten) = self.history.counts();
+        vec![
+            ("history-records".to_owned(), kept as u64),
+            ("history-overwritten".to_owned(), overwritten),
+            ("rejects-unanswered".to_owned(), self.shared.unanswered.load(Ordering::Relaxed)),
+        ]
+    }
+
+    fn counters(&self) -> Result<CounterReport, Failure> {
+        let counters = self.datapath.counters().map_err(system)?;
+        let mut report = CounterReport::default();
+        for direction in [Direction::Ingress, Direction::Egress] {
+            for reason in Reason::ALL {
+                for verdict in [Verdict::Allowed, Verdict::Denied, Verdict::Audit] {
+                    let index = Counter::verdict_index(reason as u8, verdict as u8, direction as u8);
+                    let count = counters.by_index.get(index as usize).copied().unwrap_or(0);
+                    if count != 0 {
+                        let (verdict, reason, direction) = (verdict.into(), reason.into(), direction.into());
+                        report.verdicts.push(VerdictCount { verdict, reason, direction, count });
+                    }
+                }
+            }
+        }
+        for counter in Counter::ALL {
+            let _ = report.named.insert(counter.as_str().to_owned(), counters.get(counter));
+        }
+        Ok(report)
+    }
+
+    fn status(&self, counters: CounterReport) -> Result<StatusReport, Failure> {
+        let links = self.datapath.links().map_err(system)?;
+        let grants = self.in_force.as_ref().is_some_and(|f| f.tables.locals.values().any(|l| l.grants != 0));
+        let hooks: Vec<HookReport> = links
+            .iter()
+            .filter(|l| l.name != EGRESS.program || grants || l.link.is_some())
+            .map(|l| HookReport {
+                name: l.name.clone(),
+                attached: l.link.is_some_and(|i| i.cgroup != 0),
+                link: l.link.map(|i| i.id),
+                program: l.link.map(|i| i.program),
+                instructions: Some(l.instructions),
+            })
+            .collect();
+        let mut reasons: Vec<_> = self.troubles.values().cloned().collect();
+        let missing: Vec<&str> = hooks.iter().filter(|h| !h.attached).map(|h| h.name.as_str()).collect();
+        if self.in_force.is_some() && !missing.is_empty() {
+            reasons.push(trouble(
+                &format!("not attached: {}", missing.join(", ")),
+                "what these hooks judge passes unjudged",
+                "restart the agent; find out who removed the pins",
+            ));
+        }
+        if let Some(refused) = &self.refused {
+            reasons.push(trouble(
+                &format!("the newest revision was refused: {}", refused.why),
+                "the last good revision is still enforced",
+                "segfw policy check shows every problem",
+            ));
+        }
+        let state = if self.in_force.is_none() && !self.attached {
+            let why = self.refused.as_ref().map_or("no policy was ever loaded", |r| r.why.as_str()).to_owned();
+            State::Open { why }
+        } else if self.config.monitor {
+            State::Monitor
+        } else if reasons.is_empty() {
+            State::Enforcing
+        } else {
+            State::Degraded { reasons }
+        };
+        let tables = self.in_force.as_ref().map(|f| &f.tables);
+        let size = |n: Option<usize>| n.unwrap_or(0) as u64;
+        let map = |name: &str, entries: u64, max: u32| MapReport { name: name.to_owned(), entries, max: max.into() };
+        let endpoints = self.datapath.endpoints().map(|e| e.len()).unwrap_or(0) as u64;
+        let maps = vec![
+            map("RULES", size(tables.map(|t| t.rules.len())), bounds::RULES),
+            map("PREFIXES", size(tables.map(|t| t.prefixes.len())), bounds::PREFIXES),
+            map("TIMELINE", size(tables.map(|t| t.timeline.len())), bounds::TIMELINE),
+            map("LOCALS", size(tables.map(|t| t.locals.len())), bounds::LOCALS),
+            map("CGROUPS", self.cgroups.len() as u64, bounds::CGROUPS),
+            map("ADDRESSES", self.addresses.len() as u64, bounds::ADDRESSES),
+            map("ENDPOINTS", endpoints, bounds::ENDPOINTS),
+        ];
+        let mut workloads = WorkloadCounts::default();
+        for workload in self.workloads() {
+            match workload.enforcement {
+                Enforcement::Enforced => workloads.enforced += 1,
+                Enforcement::Monitored => workloads.monitored += 1,
+                Enforcement::NoSegment => workloads.no_segment += 1,
+                Enforcement::Unresolved => workloads.unresolved += 1,
+            }
+        }
+        Ok(StatusReport {
+            at: Timestamp::now(),
+            state,
+            revision: self.in_force.as_ref().map(|f| f.revision.clone()),
+            refused: self.refused.clone(),
+            gate: Gate {
+                name: "skb".to_owned(),
+                why: "cgroup_skb/ingress with the verdict cached on the socket; gate conn is not in this version".to_owned(),
+            },
+            hooks,
+            xdp: self.config.xdp.clone(),
+            maps,
+            identities: self.saved.numbers.identities.len() as u64,
+            workloads,
+            counters,
+            lost_events: self.shared.lost.load(Ordering::Relaxed),
+            golden_rules: GOLDEN.iter().map(|s| (*s).to_owned()).collect(),
+            uncovered: UNCOVERED
+                .iter()
+                .map(|(what, consequence)| Uncovered { what: (*what).to_owned(), consequence: (*consequence).to_owned() })
+                .collect(),
+            absence: ABSENCE
+                .iter()
+                .map(|(when, behaviour)| Absence { when: (*when).to_owned(), behaviour: (*behaviour).to_owned() })
+                .collect(),
+            agent: AgentReport {
+                pid: std::process::id(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                abi: ABI_VERSION,
+                started_at: self.started_at,
+                host: self.config.host.clone(),
+                kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
+            },
+        })
+    }
+
+    fn segments_of(&self, labels: &Labels) -> Vec<String> {
+        let segments = self.in_force.iter().flat_map(|f| &f.policy.segments);
+        let inside = segments.filter(|s| match &s.members {
+            Members::Workloads(selector) => selector.matches(labels),
+            Members::Addresses(_) => false,
+        });
+        inside.map(|s| s.name.clone()).collect()
+    }
+
+    fn workloads(&self) -> Vec<WorkloadReport> {
+        let report = |w: super::registry::Workload| {
+            let identity = self.cgroups.get(&w.id).map_or(Identity::UNRESOLVED.0, |e| e.identity);
+            let local = self.in_force.as_ref().and_then(|f| f.tables.locals.get(&Identity(identity)));
+            let enforcement = match local {
+                None => Enforcement::NoSegment,
+                Some(l) if self.config.monitor || l.flags & LocalEntry::MONITOR != 0 => Enforcement::Monitored,
+                Some(_) => Enforcement::Enforced,
+            };
+            let name = Path::new(&w.cgroup).file_name().map_or(w.cgroup.clone(), |n| n.to_string_lossy().into_owned());
+            let mut labels_from: Vec<String> = w.name.split('+').map(|n| format!("Workload {n}")).collect();
+            if !self.config.host_labels.is_empty() {
+                labels_from.push("host".to_owned());
+            }
+            WorkloadReport {
+                name,
+                segments: self.segments_of(&w.labels),
+                cgroup: w.cgroup,
+                identity,
+                labels: w.labels,
+                enforcement,
+                labels_from,
+            }
+        };
+        self.registry.workloads().into_iter().map(report).collect()
+    }
+
+    fn explain(&self, question: &Question) -> Result<Explanation, Failure> {
+        let f = self.in_force.as_ref().ok_or_else(|| Failure::system("no revision is in force"))?;
+        let find = |name: &str| -> Option<Labels> {
+            if name.starts_with('/') {
+                return self.registry.owner(Path::new(name)).map(|(_, _, labels)| labels);
+            }
+            let workloads = self.registry.workloads();
+            let by_unit = |w: &&super::registry::Workload| Path::new(&w.cgroup).file_name().is_some_and(|f| f == name);
+            workloads.iter().find(by_unit).or_else(|| workloads.iter().find(|w| w.name == name)).map(|w| w.labels.clone())
+        };
+        let host_flags = if self.config.monitor { control::HOST_MONITOR } else { 0 };
+        let clock = super::revision::clock().map_err(system)?;
+        let view = crate::policy::explain::View { clock, host_flags };
+        crate::control::answer::explain(
+            &f.tables,
+            &f.policy,
+            question,
+            &find,
+            view,
+            Some(f.revision.number),
+            "agent",
+        )
+        .map_err(Failure::input)
+    }
+}
+
+/// What `decide` never refuses.
+const GOLDEN: [&str; 3] = [
+    "loopback within one workload",
+    "DHCP client (udp 68→67, udp 546→547)",
+    "neighbour discovery (ICMPv6 types 133 to 137)",
+];
+
+/// What the hooks of this version do not see (threats-and-faults, O1 and O15).
+const UNCOVERED: [(&str, &str); 4] = [
+    (
+        "packet sockets (AF_PACKET, AF_XDP)",
+        "a process with CAP_NET_RAW can send any frame, unjudged; a peer with segfw still judges it on arrival",
+    ),
+    ("vsock (AF_VSOCK)", "a guest and its host can talk, unjudged"),
+    ("unix sockets", "a process can ask another one to connect for it; the other one's own policy applies"),
+    (
+        "inbound ICMP echo",
+        "the kernel answers it before any socket; rules that would have to refuse it are refused at compile time",
+    ),
+];
+
+/// What happens when something is not there.
+const ABSENCE: [(&str, &str); 3] = [
+    ("agent gone", "lastKnownGood: programs and maps are pinned and go on; no reload, no records, no answers to rejects"),
+    ("before the first revision after boot", "open until the agent starts; then lastKnownGood if the folder has no usable revision"),
+    ("controller gone", "no controller in this version"),
+];

@@ -1,0 +1,108 @@
+//! Facts come up: events become records, and inbound flows that a rule rejects get their answer.
+
+use crate::flow::{Intake, Names};
+use crate::host::answer::Answerer;
+use crate::host::netns::{self, Survey};
+use aya::maps::{MapData, RingBuf};
+use segfw_common::{EventKind, FlowEvent};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::{Duration, Instant};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+
+/// Rejected flows that wait for their answer. More: not answered, which is what `deny` would have done; counted.
+pub const ANSWERS_WAITING: usize = 1024;
+/// A namespace that is not known is looked for at most this often.
+const SURVEY_PAUSE: Duration = Duration::from_secs(1);
+
+/// What the drain shares with the rest of the agent.
+#[derive(Debug, Default)]
+pub struct Shared {
+    /// What numbers mean; replaced as a whole.
+    pub names: RwLock<Arc<Names>>,
+    /// Events lost between kernel and history.
+    pub lost: AtomicU64,
+    /// Rejected flows that got no answer.
+    pub unanswered: AtomicU64,
+}
+
+impl Shared {
+    /// The names at this moment.
+    pub fn names(&self) -> Arc<Names> {
+        Arc::clone(&self.names.read().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+    /// Other names from now on.
+    pub fn set_names(&self, names: Names) {
+        *self.names.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::new(names);
+    }
+}
+
+/// Drains the ring buffer for as long as the agent lives.
+pub async fn drain(
+    ring: RingBuf<MapData>,
+    mut intake: Intake,
+    shared: Arc<Shared>,
+    answers: mpsc::Sender<FlowEvent>,
+) -> std::io::Result<()> {
+    // SAFETY: the ring owns its map's descriptor, always the same one, and lives inside the AsyncFd until that is dropped.
+    let mut ring = unsafe { AsyncFd::register_with_interest(ring, tokio::io::Interest::READABLE) }
+        .map_err(|e| std::io::Error::other(e.to_string()))?;
+    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        tokio::select! {
+            ready = ring.readable_mut() => {
+                let mut ready = ready?;
+                let names = shared.names();
+                let ring = ready.get_inner_mut();
+                while let Some(item) = ring.next() {
+                    if let Some(event) = intake.take(&item, &names)
+                        && EventKind::from_raw(event.kind) == Some(EventKind::Reject)
+                        && answers.try_send(event).is_err()
+                    {
+                        let _ = shared.unanswered.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+                ready.clear_ready();
+            }
+            _ = tick.tick() => {
+                intake.settle(crate::host::proc::boot_ns()?, &shared.names());
+            }
+        }
+        shared.lost.store(intake.lost(), Ordering::Relaxed);
+    }
+}
+
+/// Answers rejected flows: a reset or a port unreachable, from the namespace that refused them. On a thread of its own,
+/// since it enters namespaces; ends when the sender does.
+pub fn answer(mut waiting: mpsc::Receiver<FlowEvent>, shared: &Shared) {
+    let mut answerer = Answerer::default();
+    let mut survey: Option<(Instant, Survey)> = None;
+    while let Some(event) = waiting.blocking_recv() {
+        let known = |s: &Option<(Instant, Survey)>| s.as_ref().is_some_and(|(_, s)| s.get(event.netns).is_some());
+        let old = survey.as_ref().is_none_or(|(at, _)| at.elapsed() > SURVEY_PAUSE);
+        if !known(&survey) && old {
+            survey = netns::survey().ok().map(|s| (Instant::now(), s));
+            if let Some((_, survey)) = &survey {
+                answerer.retain(&survey.namespaces.iter().map(|n| n.cookie).collect());
+            }
+        }
+        let namespace = survey.as_ref().and_then(|(_, s)| s.get(event.netns));
+        let answered = match namespace {
+            None => false,
+            Some(namespace) => {
+                let local = SocketAddr::new(IpAddr::from(event.local_addr), event.local_port);
+                let remote = SocketAddr::new(IpAddr::from(event.remote_addr), event.remote_port);
+                if event.protocol == segfw_common::rule::ipproto::TCP {
+                    answerer.reset(namespace, local, remote, event.rtt_us).is_ok()
+                } else {
+                    answerer.unreachable(namespace, local, remote).is_ok()
+                }
+            }
+        };
+        if !answered {
+            let _ = shared.unanswered.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
