@@ -3,6 +3,7 @@
 //! One connection, one request: a JSON line in, JSON lines out, the last of them `end` or `error`, so that a cut-off
 //! answer is never taken for a whole one. Only root and the agent's own user are served, whatever the file modes say.
 
+pub mod answer;
 pub mod client;
 pub mod report;
 pub mod server;

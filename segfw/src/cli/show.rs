@@ -3,7 +3,7 @@
 use super::Exit;
 use crate::control::report::{
     CheckReport, EndReport, Enforcement, Explanation, Finding, NearestReport, Outcome, PendingReport, PolicyCheck,
-    RuleReport, Severity, State, StatusReport, WorkloadReport,
+    RuleReport, Severity, State, StatusReport, WithoutReport, WorkloadReport,
 };
 use crate::flow::render::{BAD, Cell, Columns, DIM, GOOD, HEAD, PLAIN, WARN, clean, paint, time, verdict_style};
 use anstyle::Style;
@@ -144,7 +144,7 @@ pub(super) fn status(status: &StatusReport) -> String {
         let when = format!("{} ({} ago): {}", time(refused.at), ago(refused.at, *at), clean(&refused.why));
         s.line("refused", &paint(BAD, &when));
         for problem in refused.problems.iter().take(FILES_SHOWN) {
-            s.more(&finding(problem));
+            finding(problem).iter().for_each(|line| s.more(line));
         }
         if refused.problems.len() > FILES_SHOWN {
             s.more(&format!("and {} more: segfw status -o json", refused.problems.len() - FILES_SHOWN));
@@ -298,13 +298,17 @@ fn show_end(s: &mut Screen, end: &EndReport) {
         segments,
         peer,
         evidence,
+        evidence_means,
         verdict,
         reason,
+        not_judged,
         rule: by,
         default_of,
         pending,
         until,
         nearest,
+        without,
+        on_revoke,
         golden,
     } = end;
     let place = match direction.known() {
@@ -317,9 +321,16 @@ fn show_end(s: &mut Screen, end: &EndReport) {
         None => paint(DIM, "not judged"),
     };
     let _ = writeln!(s.0, "{} {place}: {said}", paint(HEAD, &direction.to_string()));
+    if let Some(why) = not_judged {
+        // Who the other end is does not matter where nobody asks.
+        s.line("  who", &clean(local));
+        s.line("  because", &clean(why));
+        return;
+    }
     let segments = if segments.is_empty() { "in no segment".to_owned() } else { format!("in {}", segments.join(", ")) };
     s.line("  who", &format!("{}, {}", clean(local), clean(&segments)));
-    s.line("  peer", &format!("{}, known by {evidence}", clean(peer)));
+    let means = if evidence_means.is_empty() { String::new() } else { format!(": {}", clean(evidence_means)) };
+    s.line("  peer", &format!("{}, known by {evidence}{means}", clean(peer)));
     let because = match (by, default_of) {
         (Some(by), _) if reason.to_string() == "rule" => rule(by),
         (Some(by), _) => format!("{reason}: {}", rule(by)),
@@ -341,24 +352,31 @@ fn show_end(s: &mut Screen, end: &EndReport) {
     if let Some(until) = until {
         s.line("  until", &time(*until));
     }
+    if let Some(WithoutReport { verdict, reason, rule: by }) = without {
+        let by = by.as_ref().map_or_else(|| reason.to_string(), |r| format!("by {}", rule(r)));
+        s.line("  without", &format!("that rule: {} {by}", paint(verdict_style(*verdict), &verdict.to_string())));
+    }
+    if let Some(on_revoke) = on_revoke {
+        s.line("  on revoke", &format!("live connections: {}", clean(on_revoke)));
+    }
 }
 
-/// `file:line:column: severity: message`, as editors and terminals make links of it.
-fn finding(finding: &Finding) -> String {
+/// `file:line:column: severity: message`, as editors and terminals make links of it; what to do is a line of its own.
+fn finding(finding: &Finding) -> Vec<String> {
     let Finding { severity, at, message, help } = finding;
     let severity = match severity {
         Severity::Error => paint(BAD, "error"),
         Severity::Warning => paint(WARN, "warning"),
     };
     let at = at.as_ref().map(|at| format!("{}: ", clean(&at.to_string()))).unwrap_or_default();
-    let help = help.as_ref().map(|h| format!(" ({})", clean(h))).unwrap_or_default();
-    format!("{at}{severity}: {}{help}", clean(message))
+    let first = format!("{at}{severity}: {}", clean(message));
+    std::iter::once(first).chain(help.as_ref().map(|h| format!("  help: {}", paint(HEAD, h)))).collect()
 }
 
 /// All problems, then one line with the sum.
 pub(super) fn check(check: &PolicyCheck) -> String {
     let PolicyCheck { files, segments, rules, entries, findings } = check;
-    let mut out: String = findings.iter().map(|f| finding(f) + "\n").collect();
+    let mut out: String = findings.iter().flat_map(finding).map(|line| line + "\n").collect();
     let errors = findings.iter().filter(|f| f.severity == Severity::Error).count();
     let warnings = findings.len() - errors;
     let (style, word) = if errors > 0 { (BAD, "not usable") } else { (GOOD, "good") };
@@ -394,6 +412,9 @@ pub(super) fn doctor(checks: &[CheckReport]) -> String {
     let _ = columns.with_head(&[], &rows);
     for (check, row) in checks.iter().zip(&rows) {
         out.push_str(&columns.row(row));
+        if !check.consequence.is_empty() {
+            let _ = writeln!(out, "      so: {}", clean(&check.consequence));
+        }
         if !check.action.is_empty() {
             let _ = writeln!(out, "      do: {}", paint(HEAD, &check.action));
         }
@@ -655,6 +676,7 @@ mod tests {
             name: name.to_owned(),
             outcome,
             found: found.to_owned(),
+            consequence: if outcome == Outcome::Good { "" } else { "less is enforced" }.to_owned(),
             action: action.to_owned(),
         };
         let checks = [
