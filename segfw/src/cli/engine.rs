@@ -11,7 +11,7 @@ use crate::policy::explain::View;
 use crate::policy::host_policy::{HostPolicy, Labels};
 use crate::policy::load::{LoadError, read_dir_recursive};
 use crate::policy::tables::{Numbers, Tables};
-use crate::policy::{CgroupFacts, HostSettings, Inventory, Problems, Severity, labels_for, parse, resolve};
+use crate::policy::{self, CgroupFacts, HostSettings, Inventory, Problems, Severity, labels_for};
 use jiff::Timestamp;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -68,10 +68,8 @@ impl Loaded {
             };
             files.extend(found.into_iter().map(|(name, text)| (full(name), text)));
         }
-        let (docs, mut problems) = parse(&files);
         // The labels of the Workload documents are known to the resolver; there is no host to see more on.
-        let (policy, more) = resolve(&docs, &Inventory::default(), &HostSettings::default(), now);
-        problems.extend(more);
+        let (docs, policy, problems) = policy::read(&files, &Inventory::default(), &HostSettings::default(), now);
         let (mut segments, mut rules, mut workloads) = (0, 0, Vec::new());
         for doc in docs {
             match doc {
@@ -82,7 +80,7 @@ impl Loaded {
             }
         }
         let clock = Clock { wall: now, boot_ns: BOOT };
-        Ok(Self { files: files.len(), segments, rules, workloads, policy, problems: Problems::new(problems), clock })
+        Ok(Self { files: files.len(), segments, rules, workloads, policy, problems, clock })
     }
 
     /// As a host would compile it on which each Workload document has a workload.

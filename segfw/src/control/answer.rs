@@ -7,8 +7,8 @@ use super::report::{
 use crate::flow::Coded;
 use crate::flow::coded::Word;
 use crate::policy::compile::compile;
-use crate::policy::explain::{self, Judged, Judgement, RuleRef, View, Who};
-use crate::policy::host_policy::{HostPolicy, Labels, Members, Rule, RuleAction, Tier};
+use crate::policy::explain::{self, End, Judged, Judgement, RuleRef, View, Who};
+use crate::policy::host_policy::{HostPolicy, Labels, Members, Segment};
 use crate::policy::problem::{nearest, quote};
 use crate::policy::tables::{IdentityName, Numbers, Tables, canonical};
 use ipnet::IpNet;
@@ -42,8 +42,8 @@ pub fn explain(
     let number = question.port.protocol.0;
     let proto = Proto::from_ip(number);
     let asked = explain::Question {
-        source: source.clone().into(),
-        destination: destination.clone().into(),
+        source: seen(&source, &tables, policy, Evidence::Origin),
+        destination: seen(&destination, &tables, policy, Evidence::Endpoint),
         proto,
         port: if proto == Proto::Other { number } else { question.port.port },
     };
@@ -63,7 +63,20 @@ pub fn explain(
         notes.push("never denied, whatever the policy says: one workload to itself over loopback".to_owned());
     }
     if (proto, question.port.port) == (Proto::Udp, 67) || (proto, question.port.port) == (Proto::Udp, 547) {
-        notes.push("never denied, whatever the policy says: a DHCP client (from port 68 to 67, DHCPv6 546 to 547)".into());
+        notes.push(
+            "never denied, whatever the policy says: a DHCP client (from port 68 to 67, DHCPv6 546 to 547)".into(),
+        );
+    }
+    for end in [&source, &destination] {
+        match (end, proto) {
+            (Who::Address(ip), Proto::Icmp) if ip.is_ipv6() => {
+                notes.push(format!("there is no such flow: {ip} is IPv6, and icmp is of IPv4 (icmpv6?)"));
+            }
+            (Who::Address(ip), Proto::Icmpv6) if ip.is_ipv4() => {
+                notes.push(format!("there is no such flow: {ip} is IPv4, and icmpv6 is of IPv6 (icmp?)"));
+            }
+            _ => {}
+        }
     }
     let any = |verdict: Verdict| reports.iter().any(|r| r.verdict == Some(verdict.into()));
     let verdict = [Verdict::Denied, Verdict::Audit].into_iter().find(|v| any(*v)).unwrap_or(Verdict::Allowed);
@@ -137,7 +150,10 @@ fn no_workload(name: &str, policy: &HostPolicy, find: &dyn Fn(&str) -> Option<La
         None => {
             let near = nearest(name, policy.segments.iter().map(|s| s.name.as_str()));
             let near = near.map(|n| format!(" (a segment has a name like it: {})", quote(n))).unwrap_or_default();
-            format!("{} is not known as a workload{near}; see segfw workloads, or ask for labels (app=web)", quote(name))
+            format!(
+                "{} is not known as a workload{near}; see segfw workloads, or ask for labels (app=web)",
+                quote(name)
+            )
         }
     }
 }
@@ -171,6 +187,17 @@ fn with_labels<'t>(
     // Two label sets: small, whatever the policy.
     let compiled = compile(policy, &local, &remote, &mut Numbers::default(), view.clock);
     compiled.map(Cow::Owned).map_err(|all| all.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+}
+
+/// How the other end knows this one. A workload in no segment is not in the tables of those that are enforced, but the
+/// hooks see it all the same; one that is in a segment and not enforced is of another host.
+fn seen(who: &Who, tables: &Tables, policy: &HostPolicy, here: Evidence) -> End {
+    let Who::Labels(labels) = who else { return who.clone().into() };
+    let segments = policy.segments.iter().map(|s| &s.members);
+    let in_segment = segments.into_iter().any(|m| matches!(m, Members::Workloads(s) if s.matches(labels)));
+    let enforced =
+        tables.identity_of(&IdentityName::Labels(labels.clone())).is_some_and(|i| tables.locals.contains_key(&i));
+    End { who: who.clone(), evidence: (enforced || !in_segment).then_some(here) }
 }
 
 /// What a reader should know about how an end was understood.
@@ -309,11 +336,7 @@ fn judged_report(judged: Judged, direction: Direction, policy: &HostPolicy) -> E
 }
 
 /// The segments whose default decided: the strict ones where there are any, since they win.
-fn default_of(
-    segments: &[String],
-    policy: &HostPolicy,
-    allows: impl Fn(&crate::policy::host_policy::Segment) -> bool,
-) -> Option<String> {
+fn default_of(segments: &[String], policy: &HostPolicy, allows: impl Fn(&Segment) -> bool) -> Option<String> {
     let own = || policy.segments.iter().filter(|s| segments.contains(&s.name));
     let strict = own().any(|s| !allows(s));
     let names: Vec<_> = own().filter(|s| allows(s) != strict).map(|s| s.name.as_str()).collect();
@@ -326,29 +349,10 @@ fn rule_report(rule: &RuleRef, policy: &HostPolicy) -> RuleReport {
     RuleReport {
         policy: rule.policy.clone(),
         rule: rule.rule.clone(),
-        tier: found.map_or_else(unknown, |r| tier(r).to_owned()),
-        action: found.map_or_else(unknown, |r| action(r).to_owned()),
+        tier: found.map_or_else(unknown, |r| r.tier.as_str().to_owned()),
+        action: found.map_or_else(unknown, |r| r.action.as_str().to_owned()),
         // Absent only if the tables were compiled from another policy; the text still says where.
         at: found.map_or_else(|| At { file: rule.at.clone(), line: 0, column: 0 }, |r| At::from(&r.at)),
-    }
-}
-
-fn tier(rule: &Rule) -> &'static str {
-    match rule.tier {
-        Tier::Emergency => "emergency",
-        Tier::Security => "security",
-        Tier::Platform => "platform",
-        Tier::Application => "application",
-        Tier::Baseline => "baseline",
-    }
-}
-
-fn action(rule: &Rule) -> &'static str {
-    match rule.action {
-        RuleAction::Allow => "allow",
-        RuleAction::Deny => "deny",
-        RuleAction::Reject => "reject",
-        RuleAction::Pass => "pass",
     }
 }
 
@@ -380,7 +384,9 @@ fn grants(report: &mut EndReport, local: &Who, tables: &Tables, protocol: u16, v
     };
     let Some(entry) = identity.and_then(|i| tables.locals.get(&i)) else { return };
     let Some((_, word)) = needed(protocol, direction).filter(|(bits, _)| entry.grants & bits == 0) else { return };
-    if report.verdict.is_none() || report.verdict == Some(Verdict::Denied.into()) {
+    // What a golden rule lets out the kernel sends by itself, without a socket of the workload.
+    let settled = [None, Some(Verdict::Denied.into())].contains(&report.verdict);
+    if settled || report.reason == Reason::GoldenRule.into() {
         return;
     }
     let monitored = entry.flags & LocalEntry::MONITOR != 0 || view.host_flags & control::HOST_MONITOR != 0;

@@ -880,11 +880,8 @@ pub(crate) mod tests {
         end.reason = Reason::Rule.into();
         (end.rule, end.default_of, end.pending, end.nearest) = (Some(rule()), None, None, None);
         end.until = Some(stamp("2026-12-24T18:00:00Z"));
-        end.without = Some(WithoutReport {
-            verdict: Verdict::Denied.into(),
-            reason: Reason::SegmentDefault.into(),
-            rule: None,
-        });
+        end.without =
+            Some(WithoutReport { verdict: Verdict::Denied.into(), reason: Reason::SegmentDefault.into(), rule: None });
         explanation
     }
 

@@ -418,8 +418,11 @@ impl<'a> Asker<'a> {
         match (decided, self.policy.rules.get(decided.unwrap_or(usize::MAX))) {
             (Some(at), Some(other)) if at < index => {
                 let order = format!(
-                    "{}/{} comes first (tier {:?}, priority {})",
-                    other.policy, other.name, other.tier, other.priority
+                    "{}/{} comes first (tier {}, priority {})",
+                    other.policy,
+                    other.name,
+                    other.tier.as_str(),
+                    other.priority
                 );
                 differ(&mut differs, What::Order, order);
             }
@@ -434,7 +437,7 @@ impl<'a> Asker<'a> {
         }
         if differs.is_empty() {
             // Everything holds and yet it did not decide: an earlier `pass` skips the rest of its tier.
-            differ(&mut differs, What::Order, format!("an earlier pass skips tier {:?}", rule.tier));
+            differ(&mut differs, What::Order, format!("an earlier pass skips tier {}", rule.tier.as_str()));
         }
         differs.sort_by_key(|d| d.what);
         Some(differs)
