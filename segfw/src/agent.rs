@@ -556,7 +556,8 @@ impl Core {
     /// Compares addresses, endpoints and live connections with the kernel.
     fn survey(&mut self) {
         let survey = match netns::survey() {
-            Ok(survey) => {
+            Ok(mut survey) => {
+                survey.namespaces.retain(|n| self.is_ours(n));
                 let _ = self.troubles.remove("survey");
                 survey
             }
@@ -581,6 +582,15 @@ impl Core {
         }
         self.sweep(&survey);
         self.publish_names();
+    }
+
+    /// With `--cgroup-root` below the mount the agent answers for that part of the tree only: a namespace in which no
+    /// process of it lives is somebody else's, and its addresses are addresses like any other.
+    fn is_ours(&self, namespace: &netns::Namespace) -> bool {
+        let Ok(root) = self.config.cgroup_root.strip_prefix(&self.hierarchy.mount) else { return true };
+        root.as_os_str().is_empty()
+            || namespace.own
+            || namespace.cgroups.iter().any(|path| Path::new(path.trim_start_matches('/')).starts_with(root))
     }
 
     fn write_addresses(&mut self, want: BTreeMap<Addr, AddressEntry>) -> anyhow::Result<bool> {

@@ -1,7 +1,7 @@
 //! The command line: what was typed becomes a call, what comes back becomes text. Only `print` prints.
 //!
-//! Exit codes: 0 yes or done, 1 no (the answer is deny, a check failed), 2 wrong usage or input, 3 the system could
-//! not do it.
+//! Exit codes: 0 yes or done, 1 no (the answer is deny, a check of this machine failed), 2 wrong usage or input (also a
+//! policy with errors), 3 the system could not do it.
 
 mod engine;
 mod filter;
@@ -134,7 +134,9 @@ enum PolicyCommand {
 Examples:
   segfw policy check policies/
   segfw policy check --strict base/ team-a/            warnings are errors
-  segfw policy check -o json policies/ | jq '.findings[]'")]
+  segfw policy check -o json policies/ | jq '.findings[]'
+
+Exit code 2: there are errors.")]
     Check(CheckArgs),
     /// May FROM open a connection to TO, and which rule says so?
     #[command(after_help = "\
@@ -378,7 +380,7 @@ fn check(args: &CheckArgs) -> Result<Exit, CliError> {
         Output::Json => print::json(&check)?,
         Output::Table => show::check(&check),
     })?;
-    Ok(if check.findings.iter().any(|f| f.severity == Severity::Error) { Exit::No } else { Exit::Yes })
+    Ok(if check.findings.iter().any(|f| f.severity == Severity::Error) { Exit::Usage } else { Exit::Yes })
 }
 
 fn doctor(output: Output) -> Result<Exit, CliError> {

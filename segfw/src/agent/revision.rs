@@ -1,11 +1,11 @@
 //! From the folder to tables: one revision, refused whole or taken whole. And what must survive a restart.
 
 use super::registry::Registry;
-use crate::control::report::{At, Finding, Refused, Severity};
-use crate::policy::compile::{Clock, CompileProblem, compile};
+use crate::control::report::{Finding, Refused};
+use crate::policy::compile::{Clock, compile};
 use crate::policy::document::{Document, WorkloadDoc};
 use crate::policy::tables::Numbers;
-use crate::policy::{self, HostPolicy, HostSettings, Inventory, Problem, Tables, problem};
+use crate::policy::{self, HostPolicy, HostSettings, Inventory, Tables};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -52,42 +52,24 @@ pub fn build(
     clock: Clock,
 ) -> Result<Candidate, Refused> {
     let refuse = |why: &str, problems: Vec<Finding>| Refused { at: clock.wall, why: why.to_owned(), problems };
-    let (documents, mut problems) = policy::parse(&files);
     let mut trial = Registry::new(registry.host_labels().clone());
     trial.take_tree(registry);
-    trial.set_documents(workload_documents(&documents));
-    let inventory = Inventory { workloads: trial.known() };
-    let (policy, more) = policy::resolve(&documents, &inventory, &HostSettings { monitor }, clock.wall);
-    problems.extend(more);
-    let findings: Vec<Finding> = problems.iter().map(finding).collect();
-    if problems.iter().any(|p| p.severity == problem::Severity::Error) {
+    let inventory = |documents: &[Document]| {
+        trial.set_documents(workload_documents(documents));
+        Inventory { workloads: trial.known() }
+    };
+    let (documents, policy, problems) = policy::read(&files, inventory, &HostSettings { monitor }, clock.wall);
+    let findings: Vec<Finding> = problems.iter().map(Finding::from).collect();
+    if problems.errors() != 0 {
         return Err(refuse("the policy has errors", findings));
     }
     let mut next = numbers.clone();
     let tables = compile(&policy, &trial.label_sets(), &[], &mut next, clock)
-        .map_err(|problems| refuse("the policy does not fit", problems.iter().map(too_much).collect()))?;
+        .map_err(|problems| refuse("the policy does not fit", problems.iter().map(Finding::from).collect()))?;
     *numbers = next;
     *registry = trial;
     let digest = policy::digest(&files);
     Ok(Candidate { files, digest, documents, policy, tables, warnings: findings })
-}
-
-/// A problem as the reports have it.
-pub fn finding(problem: &Problem) -> Finding {
-    let Problem { severity, at, what, why, help } = problem;
-    Finding {
-        severity: match severity {
-            problem::Severity::Error => Severity::Error,
-            problem::Severity::Warning => Severity::Warning,
-        },
-        at: Some(At::from(at)),
-        message: format!("{what} ({why})"),
-        help: help.clone(),
-    }
-}
-
-fn too_much(problem: &CompileProblem) -> Finding {
-    Finding { severity: Severity::Error, at: None, message: problem.to_string(), help: None }
 }
 
 /// What the agent keeps on disk. The numbers belong to the pinned maps: `maps` is the id of one of them.

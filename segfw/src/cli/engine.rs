@@ -1,15 +1,20 @@
-//! SEAM. The only file of the CLI that calls the engines. Each function below is complete but for its call; the call
-//! that is meant stands in its comment. Nothing else in `cli` changes when they are linked.
+//! The only file of the CLI that calls the engines.
 
 use super::CliError;
 use crate::config::Config;
-use crate::control::report::{CheckReport, Explanation, PolicyCheck, Question};
+use crate::control::answer;
+use crate::control::report::{CheckReport, EndSpec, Explanation, Finding, Outcome, PolicyCheck, Question};
+use crate::host::{cgroup, doctor};
+use crate::policy::compile::{Clock, CompileProblem, compile};
+use crate::policy::document::{Document, Matcher, WorkloadDoc};
+use crate::policy::explain::View;
+use crate::policy::host_policy::{HostPolicy, Labels};
+use crate::policy::load::{LoadError, read_dir_recursive};
+use crate::policy::tables::{Numbers, Tables};
+use crate::policy::{self, CgroupFacts, HostSettings, Inventory, Problems, Severity, labels_for};
+use jiff::Timestamp;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-
-/// Until the engine is linked.
-fn not_linked<T>(what: &str) -> Result<T, CliError> {
-    Err(CliError::system(format!("{what}: not linked yet")))
-}
 
 /// `segfw agent`. Ends with SIGTERM or SIGINT.
 pub(super) async fn agent(config: Config) -> Result<(), CliError> {
@@ -31,27 +36,177 @@ async fn stopped() {
     }
 }
 
+/// A policy as it is in its folders, with nothing known of any host.
+struct Loaded {
+    files: usize,
+    segments: usize,
+    rules: usize,
+    workloads: Vec<WorkloadDoc>,
+    policy: HostPolicy,
+    /// Sorted by position.
+    problems: Problems,
+    clock: Clock,
+}
+
+impl Loaded {
+    /// Reads, parses and resolves; together the folders are one policy. Fails only where there is nothing to read:
+    /// what is wrong in the documents is among the problems.
+    fn from_dirs(dirs: &[PathBuf], now: Timestamp) -> Result<Self, CliError> {
+        let mut files = Vec::new();
+        for dir in dirs {
+            let found = read_dir_recursive(dir).map_err(|e| load_error(dir, &e))?;
+            if found.is_empty() {
+                return Err(CliError::usage(format!("{}: no *.yaml or *.yml file in it", dir.display())));
+            }
+            // With several folders a name alone would not say which file is meant.
+            let full = |name: String| match dirs.len() {
+                1 => name,
+                _ if dir.is_file() => dir.display().to_string(),
+                _ => dir.join(name).display().to_string(),
+            };
+            files.extend(found.into_iter().map(|(name, text)| (full(name), text)));
+        }
+        // The labels of the Workload documents are known to the resolver; there is no host to see more on.
+        let (docs, policy, problems) = policy::read(&files, |_| Inventory::default(), &HostSettings::default(), now);
+        let (mut segments, mut rules, mut workloads) = (0, 0, Vec::new());
+        for doc in docs {
+            match doc {
+                Document::Workload(doc) => workloads.push(doc),
+                Document::Segment(_) => segments += 1,
+                Document::Policy(doc) => rules += doc.rules.len(),
+                Document::Test(_) => {}
+            }
+        }
+        let clock = Clock { wall: now, boot_ns: BOOT };
+        Ok(Self { files: files.len(), segments, rules, workloads, policy, problems, clock })
+    }
+
+    /// As a host would compile it on which each Workload document has a workload.
+    fn compile(&self) -> Result<Tables, Vec<CompileProblem>> {
+        let local: Vec<Labels> = self.workloads.iter().map(|d| d.labels.clone()).collect();
+        compile(&self.policy, &local, &[], &mut Numbers::default(), self.clock)
+    }
+
+    fn findings(&self) -> Vec<Finding> {
+        self.problems.iter().map(Finding::from).collect()
+    }
+
+    /// The labels of a workload: by the name of its document, of a systemd unit, or by the path of a cgroup.
+    fn find(&self, name: &str) -> Option<Labels> {
+        let labels = |facts: &CgroupFacts| labels_for(&self.workloads, facts, &Labels::new()).map(|(_, labels)| labels);
+        if name.starts_with('/') {
+            let unit = cgroup::unit(Path::new(name)).map(str::to_owned);
+            return labels(&CgroupFacts { path: name.to_owned(), unit });
+        }
+        if let Some(doc) = self.workloads.iter().find(|d| d.meta.name == name) {
+            return Some(doc.labels.clone());
+        }
+        // Without an ending it is no unit, and a glob such as "*" would take any word for one.
+        let _ = cgroup::unit(Path::new(name))?;
+        labels(&CgroupFacts { path: unit_cgroup(name), unit: Some(name.to_owned()) })
+    }
+
+    /// What a name could have been meant for.
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.workloads.iter().flat_map(|d| {
+            let units = d.matches.iter().filter_map(|m| match &m.value {
+                Matcher::SystemdUnit(glob) => Some(glob.text.as_str()),
+                Matcher::Cgroup(_) | Matcher::Container { .. } | Matcher::Pod { .. } => None,
+            });
+            std::iter::once(d.meta.name.as_str()).chain(units)
+        })
+    }
+}
+
+/// Boot time of a host that is imagined: a day, so that nothing is before it.
+const BOOT: u64 = 86_400_000_000_000;
+
+/// Where systemd puts a unit of the system: instances of a template have a slice of their own.
+fn unit_cgroup(unit: &str) -> String {
+    match unit.split_once('@') {
+        Some((template, _)) if !template.is_empty() && unit.ends_with(".service") => {
+            let slice = template.replace('-', r"\x2d");
+            format!("/system.slice/system-{slice}.slice/{unit}")
+        }
+        Some(_) | None => format!("/system.slice/{unit}"),
+    }
+}
+
+fn load_error(dir: &Path, error: &LoadError) -> CliError {
+    match error {
+        LoadError::Io { path, source } if source.kind() == ErrorKind::NotFound && path == dir => {
+            CliError::usage(format!("{}: no such file or folder", dir.display()))
+        }
+        // Not what is there, but whether it may be read.
+        LoadError::Io { source, .. } if source.kind() != ErrorKind::NotFound => CliError::system(error),
+        LoadError::Io { .. }
+        | LoadError::NotUtf8 { .. }
+        | LoadError::Name { .. }
+        | LoadError::FileTooLarge { .. }
+        | LoadError::TotalTooLarge { .. }
+        | LoadError::TooDeep { .. }
+        | LoadError::TooMany { .. }
+        | LoadError::Loop { .. }
+        | LoadError::NotAFile { .. } => CliError::usage(error),
+    }
+}
+
 /// `segfw policy check`.
 pub(super) fn check(dirs: &[PathBuf]) -> Result<PolicyCheck, CliError> {
-    // let files: Vec<(String, String)> = dirs.iter().map(|d| policy::load::read_dir_recursive(d)).collect::<Result<..>>()?.concat();
-    // let (docs, mut problems) = policy::document::parse(&files);
-    // let resolved = policy::resolve::resolve(...);            // problems.extend(...)
-    // let tables = policy::compile::compile(...);              // entries = Some(tables.rules.len())
-    // findings: problems.iter().map(|p| Finding { severity, at: Some(At::from(&p.at)), message, help }).collect()
-    let _ = dirs;
-    not_linked("segfw policy check")
+    let loaded = Loaded::from_dirs(dirs, Timestamp::now())?;
+    let mut findings = loaded.findings();
+    let mut entries = None;
+    if !loaded.problems.refuse(false) {
+        match loaded.compile() {
+            Ok(tables) => entries = Some(tables.rules.len()),
+            Err(problems) => findings.extend(problems.iter().map(Finding::from)),
+        }
+    }
+    let Loaded { files, segments, rules, .. } = loaded;
+    Ok(PolicyCheck { files, segments, rules, entries, findings })
 }
 
 /// `segfw policy explain --policy DIR`.
 pub(super) fn explain_offline(dir: &Path, question: Question) -> Result<Explanation, CliError> {
-    // as `check`; errors in the policy are CliError::usage; then
-    // policy::explain::explain(&host_policy, &tables, &question) with `policy_from: dir.display().to_string()`
-    let _ = (dir, question);
-    not_linked("segfw policy explain --policy")
+    let loaded = Loaded::from_dirs(&[dir.to_owned()], Timestamp::now())?;
+    let unusable = |errors: Vec<String>| {
+        let count = errors.len();
+        let s = if count == 1 { "" } else { "s" };
+        CliError::usage(format!("{}: not usable, {count} error{s}\n{}", dir.display(), errors.join("\n")))
+    };
+    let errors: Vec<String> =
+        loaded.problems.iter().filter(|p| p.severity == Severity::Error).map(ToString::to_string).collect();
+    if !errors.is_empty() {
+        return Err(unusable(errors));
+    }
+    let tables = loaded.compile().map_err(|all| unusable(all.iter().map(ToString::to_string).collect()))?;
+    let find = |name: &str| loaded.find(name);
+    for end in [&question.from, &question.to] {
+        // A segment's name has a better answer than a near miss.
+        if let EndSpec::Workload(name) = end
+            && find(name).is_none()
+            && !loaded.policy.segments.iter().any(|s| s.name == *name)
+        {
+            return Err(CliError::usage(answer::not_known(name, loaded.names())));
+        }
+    }
+    let view = View { clock: loaded.clock, host_flags: 0 };
+    let from = dir.display().to_string();
+    answer::explain(&tables, &loaded.policy, &question, &find, view, None, &from).map_err(CliError::usage)
 }
 
 /// `segfw doctor`.
 pub(super) fn doctor() -> Result<Vec<CheckReport>, CliError> {
-    // Ok(crate::host::doctor::run())
-    not_linked("segfw doctor")
+    let report = |doctor::Check { name, level, what, consequence, remedy }| CheckReport {
+        name: String::from(name),
+        outcome: match level {
+            doctor::Level::Ok => Outcome::Good,
+            doctor::Level::Warn => Outcome::Less,
+            doctor::Level::Fail => Outcome::Bad,
+        },
+        found: what,
+        consequence,
+        action: remedy,
+    };
+    Ok(doctor::checks().into_iter().map(report).collect())
 }

@@ -3,12 +3,12 @@
 use super::Exit;
 use crate::control::report::{
     CheckReport, EndReport, Enforcement, Explanation, Finding, NearestReport, Outcome, PendingReport, PolicyCheck,
-    RuleReport, Severity, State, StatusReport, WorkloadReport,
+    RuleReport, Severity, State, StatusReport, WithoutReport, WorkloadReport,
 };
 use crate::flow::render::{BAD, Cell, Columns, DIM, GOOD, HEAD, PLAIN, WARN, clean, paint, time, verdict_style};
 use anstyle::Style;
 use jiff::Timestamp;
-use segfw_common::{Direction, Verdict};
+use segfw_common::{Direction, Evidence, Verdict};
 use std::fmt::Write as _;
 
 /// A table with more of its room used than this is worth a look.
@@ -144,7 +144,7 @@ pub(super) fn status(status: &StatusReport) -> String {
         let when = format!("{} ({} ago): {}", time(refused.at), ago(refused.at, *at), clean(&refused.why));
         s.line("refused", &paint(BAD, &when));
         for problem in refused.problems.iter().take(FILES_SHOWN) {
-            s.more(&finding(problem));
+            finding(problem).iter().for_each(|line| s.more(line));
         }
         if refused.problems.len() > FILES_SHOWN {
             s.more(&format!("and {} more: segfw status -o json", refused.problems.len() - FILES_SHOWN));
@@ -298,13 +298,17 @@ fn show_end(s: &mut Screen, end: &EndReport) {
         segments,
         peer,
         evidence,
+        evidence_means,
         verdict,
         reason,
+        not_judged,
         rule: by,
         default_of,
         pending,
         until,
         nearest,
+        without,
+        on_revoke,
         golden,
     } = end;
     let place = match direction.known() {
@@ -317,9 +321,18 @@ fn show_end(s: &mut Screen, end: &EndReport) {
         None => paint(DIM, "not judged"),
     };
     let _ = writeln!(s.0, "{} {place}: {said}", paint(HEAD, &direction.to_string()));
+    if let Some(why) = not_judged {
+        // Who the other end is does not matter where nobody asks.
+        s.line("  who", &clean(local));
+        s.line("  because", &clean(why));
+        return;
+    }
     let segments = if segments.is_empty() { "in no segment".to_owned() } else { format!("in {}", segments.join(", ")) };
     s.line("  who", &format!("{}, {}", clean(local), clean(&segments)));
-    s.line("  peer", &format!("{}, known by {evidence}", clean(peer)));
+    let means = if evidence_means.is_empty() { String::new() } else { format!(": {}", clean(evidence_means)) };
+    let known =
+        if evidence.known() == Some(Evidence::None) { "not known".to_owned() } else { format!("known by {evidence}") };
+    s.line("  peer", &format!("{}, {known}{means}", clean(peer)));
     let because = match (by, default_of) {
         (Some(by), _) if reason.to_string() == "rule" => rule(by),
         (Some(by), _) => format!("{reason}: {}", rule(by)),
@@ -341,24 +354,31 @@ fn show_end(s: &mut Screen, end: &EndReport) {
     if let Some(until) = until {
         s.line("  until", &time(*until));
     }
+    if let Some(WithoutReport { verdict, reason, rule: by }) = without {
+        let by = by.as_ref().map_or_else(|| reason.to_string(), |r| format!("by {}", rule(r)));
+        s.line("  without", &format!("that rule: {} {by}", paint(verdict_style(*verdict), &verdict.to_string())));
+    }
+    if let Some(on_revoke) = on_revoke {
+        s.line("  on revoke", &format!("live connections: {}", clean(on_revoke)));
+    }
 }
 
-/// `file:line:column: severity: message`, as editors and terminals make links of it.
-fn finding(finding: &Finding) -> String {
+/// `file:line:column: severity: message`, as editors and terminals make links of it; what to do is a line of its own.
+fn finding(finding: &Finding) -> Vec<String> {
     let Finding { severity, at, message, help } = finding;
     let severity = match severity {
         Severity::Error => paint(BAD, "error"),
         Severity::Warning => paint(WARN, "warning"),
     };
     let at = at.as_ref().map(|at| format!("{}: ", clean(&at.to_string()))).unwrap_or_default();
-    let help = help.as_ref().map(|h| format!(" ({})", clean(h))).unwrap_or_default();
-    format!("{at}{severity}: {}{help}", clean(message))
+    let first = format!("{at}{severity}: {}", clean(message));
+    std::iter::once(first).chain(help.as_ref().map(|h| format!("  help: {}", paint(HEAD, h)))).collect()
 }
 
 /// All problems, then one line with the sum.
 pub(super) fn check(check: &PolicyCheck) -> String {
     let PolicyCheck { files, segments, rules, entries, findings } = check;
-    let mut out: String = findings.iter().map(|f| finding(f) + "\n").collect();
+    let mut out: String = findings.iter().flat_map(finding).map(|line| line + "\n").collect();
     let errors = findings.iter().filter(|f| f.severity == Severity::Error).count();
     let warnings = findings.len() - errors;
     let (style, word) = if errors > 0 { (BAD, "not usable") } else { (GOOD, "good") };
@@ -394,6 +414,9 @@ pub(super) fn doctor(checks: &[CheckReport]) -> String {
     let _ = columns.with_head(&[], &rows);
     for (check, row) in checks.iter().zip(&rows) {
         out.push_str(&columns.row(row));
+        if !check.consequence.is_empty() {
+            let _ = writeln!(out, "      so: {}", clean(&check.consequence));
+        }
         if !check.action.is_empty() {
             let _ = writeln!(out, "      do: {}", paint(HEAD, &check.action));
         }
@@ -454,28 +477,29 @@ mod tests {
         check_plain(
             &text,
             expect![[r#"
-            node-1        DEGRADED enforced, but not all is as it should be
-                          ! the wanted revision was refused: revision 41 stays in force
-                            do: correct web-to-db.yaml:14:11, then `segfw policy check /etc/segfw/policies`
-                          ! cgroup_skb/ingress is not attached: inbound flows are not judged
-                            do: systemctl restart segfw
-            revision      41 since 2026-11-18T09:30:00.000Z (2d 17h ago), digest 9f86d081884c, generation 3
-                          from payments.yaml, web.yaml
-            refused       2026-11-21T02:58:00.000Z (2m 0s ago): 1 error in 1 of 3 files
-                          web-to-db.yaml:14:11: error: segment "payment-db" is not defined (did you mean "payments-db"?)
-            workloads     12 enforced, 2 monitored, 30 in no segment, 1 unresolved; 37 identities
-            flows         120,345 allowed, 20 denied, 0 audit; 9 records lost
-                          denied: 17 ingress segment-default, 3 egress rule
-            hooks         1 of 2 attached; xdp: eth0
-                          not attached: cgroup_skb/ingress
-            gate          skb: works on every supported kernel
-            tables        nearly full: ENDPOINTS 61,000 of 65,536
-                          endpoints-full 4
-            never denied  one workload to itself over loopback; DHCP client
-            not covered   packet sockets: a process with CAP_NET_RAW can send and read frames past every hook
-            absence       agent gone: lastKnownGood
-            agent         pid 812, up 2d 17h, version 0.1.0, layout 1, kernel 6.12.0
-        "#]],
+                node-1        DEGRADED enforced, but not all is as it should be
+                              ! the wanted revision was refused: revision 41 stays in force
+                                do: correct web-to-db.yaml:14:11, then `segfw policy check /etc/segfw/policies`
+                              ! cgroup_skb/ingress is not attached: inbound flows are not judged
+                                do: systemctl restart segfw
+                revision      41 since 2026-11-18T09:30:00.000Z (2d 17h ago), digest 9f86d081884c, generation 3
+                              from payments.yaml, web.yaml
+                refused       2026-11-21T02:58:00.000Z (2m 0s ago): 1 error in 1 of 3 files
+                              web-to-db.yaml:14:11: error: segment "payment-db" is not defined
+                                help: did you mean "payments-db"?
+                workloads     12 enforced, 2 monitored, 30 in no segment, 1 unresolved; 37 identities
+                flows         120,345 allowed, 20 denied, 0 audit; 9 records lost
+                              denied: 17 ingress segment-default, 3 egress rule
+                hooks         1 of 2 attached; xdp: eth0
+                              not attached: cgroup_skb/ingress
+                gate          skb: works on every supported kernel
+                tables        nearly full: ENDPOINTS 61,000 of 65,536
+                              endpoints-full 4
+                never denied  one workload to itself over loopback; DHCP client
+                not covered   packet sockets: a process with CAP_NET_RAW can send and read frames past every hook
+                absence       agent gone: lastKnownGood
+                agent         pid 812, up 2d 17h, version 0.1.0, layout 1, kernel 6.12.0
+            "#]],
         );
         assert!(text.lines().count() <= 30, "more than one screen");
         assert_eq!(status_exit(&fixed::degraded()), Exit::No);
@@ -541,24 +565,24 @@ mod tests {
         check_plain(
             &explanation(&fixed::explanation()),
             expect![[r#"
-            DENIED app=web -> app=payments,tier=db tcp/5432
-            revision      41, in force on this host
+                DENIED app=web -> app=payments,tier=db tcp/5432
+                revision      41, in force on this host
 
-            egress at the source: not judged
-              who         app=web, in no segment
-              peer        app=payments,tier=db, known by endpoint
-              because     no-segment
+                egress at the source: not judged
+                  who         app=web
+                  because     in no segment: nothing is enforced here
 
-            ingress at the destination: DENIED
-              who         app=payments,tier=db, in payments-db
-              peer        app=web, known by origin
-              because     segment-default of payments-db: no rule matches
-              nearest     payments-db-access/api-to-db (allow rule, tier application) at payments.yaml:14:7
-                          does not match: source is not in segment payments-api (app=web lacks tier=api)
-              pending     ALLOWED by payments-db-access/api-to-db (allow rule, tier application) at payments.yaml:14:7
+                ingress at the destination: DENIED
+                  who         app=payments,tier=db, in payments-db
+                  peer        app=web, known by origin: the hooks of this host saw who opened the flow
+                  because     segment-default of payments-db: no rule matches
+                  nearest     payments-db-access/api-to-db (allow rule, tier application) at payments.yaml:14:7
+                              does not match: source is not in segment payments-api (app=web lacks tier=api)
+                  pending     ALLOWED by payments-db-access/api-to-db (allow rule, tier application) at payments.yaml:14:7
+                  on revoke   live connections: cut
 
-            note          never denied: one workload to itself over loopback, neighbour discovery, DHCP client
-        "#]],
+                note          never denied: one workload to itself over loopback, neighbour discovery, DHCP client
+            "#]],
         );
     }
 
@@ -567,22 +591,23 @@ mod tests {
         check_plain(
             &explanation(&fixed::allowed()),
             expect![[r#"
-            ALLOWED app=web -> app=payments,tier=db tcp/5432
-            revision      41, in force on this host
+                ALLOWED app=web -> app=payments,tier=db tcp/5432
+                revision      41, in force on this host
 
-            egress at the source: not judged
-              who         app=web, in no segment
-              peer        app=payments,tier=db, known by endpoint
-              because     no-segment
+                egress at the source: not judged
+                  who         app=web
+                  because     in no segment: nothing is enforced here
 
-            ingress at the destination: ALLOWED
-              who         app=payments,tier=db, in payments-db
-              peer        app=web, known by origin
-              because     payments-db-access/api-to-db (allow rule, tier application) at payments.yaml:14:7
-              until       2026-12-24T18:00:00.000Z
+                ingress at the destination: ALLOWED
+                  who         app=payments,tier=db, in payments-db
+                  peer        app=web, known by origin: the hooks of this host saw who opened the flow
+                  because     payments-db-access/api-to-db (allow rule, tier application) at payments.yaml:14:7
+                  until       2026-12-24T18:00:00.000Z
+                  without     that rule: DENIED segment-default
+                  on revoke   live connections: cut
 
-            note          never denied: one workload to itself over loopback, neighbour discovery, DHCP client
-        "#]],
+                note          never denied: one workload to itself over loopback, neighbour discovery, DHCP client
+            "#]],
         );
     }
 
@@ -591,22 +616,23 @@ mod tests {
         check_colour(
             &explanation(&fixed::allowed()),
             expect![[r#"
-            ^[1m^[32mALLOWED^[0m app=web -> app=payments,tier=db tcp/5432
-            ^[2mrevision^[0m      41, in force on this host
+                ^[1m^[32mALLOWED^[0m app=web -> app=payments,tier=db tcp/5432
+                ^[2mrevision^[0m      41, in force on this host
 
-            ^[1megress^[0m at the source: ^[2mnot judged^[0m
-            ^[2m  who^[0m         app=web, in no segment
-            ^[2m  peer^[0m        app=payments,tier=db, known by endpoint
-            ^[2m  because^[0m     no-segment
+                ^[1megress^[0m at the source: ^[2mnot judged^[0m
+                ^[2m  who^[0m         app=web
+                ^[2m  because^[0m     in no segment: nothing is enforced here
 
-            ^[1mingress^[0m at the destination: ^[32mALLOWED^[0m
-            ^[2m  who^[0m         app=payments,tier=db, in payments-db
-            ^[2m  peer^[0m        app=web, known by origin
-            ^[2m  because^[0m     ^[1mpayments-db-access/api-to-db^[0m (allow rule, tier application) at payments.yaml:14:7
-            ^[2m  until^[0m       2026-12-24T18:00:00.000Z
+                ^[1mingress^[0m at the destination: ^[32mALLOWED^[0m
+                ^[2m  who^[0m         app=payments,tier=db, in payments-db
+                ^[2m  peer^[0m        app=web, known by origin: the hooks of this host saw who opened the flow
+                ^[2m  because^[0m     ^[1mpayments-db-access/api-to-db^[0m (allow rule, tier application) at payments.yaml:14:7
+                ^[2m  until^[0m       2026-12-24T18:00:00.000Z
+                ^[2m  without^[0m     that rule: ^[1m^[31mDENIED^[0m segment-default
+                ^[2m  on revoke^[0m   live connections: cut
 
-            ^[2mnote^[0m          never denied: one workload to itself over loopback, neighbour discovery, DHCP client
-        "#]],
+                ^[2mnote^[0m          never denied: one workload to itself over loopback, neighbour discovery, DHCP client
+            "#]],
         );
     }
 
@@ -635,10 +661,11 @@ mod tests {
         check_plain(
             &check(&report),
             expect![[r#"
-            web-to-db.yaml:14:11: error: segment "payment-db" is not defined (did you mean "payments-db"?)
-            web.yaml:3:1: warning: segment "web" selects no workload of this host
-            not usable: 1 error, 1 warning; 3 files, 4 segments, 1 rule
-        "#]],
+                web-to-db.yaml:14:11: error: segment "payment-db" is not defined
+                  help: did you mean "payments-db"?
+                web.yaml:3:1: warning: segment "web" selects no workload of this host
+                not usable: 1 error, 1 warning; 3 files, 4 segments, 1 rule
+            "#]],
         );
         let good = PolicyCheck { entries: Some(1204), findings: Vec::new(), ..report };
         check_plain(
@@ -655,6 +682,7 @@ mod tests {
             name: name.to_owned(),
             outcome,
             found: found.to_owned(),
+            consequence: if outcome == Outcome::Good { "" } else { "less is enforced" }.to_owned(),
             action: action.to_owned(),
         };
         let checks = [
@@ -665,13 +693,15 @@ mod tests {
         check_plain(
             &doctor(&checks),
             expect![[r#"
-            good  cgroup2 is mounted  /sys/fs/cgroup
-            BAD   BPF file system     not mounted
-                  do: mount -t bpf bpf /sys/fs/bpf
-            less  BPF LSM             bpf is not in lsm=
-                  do: add bpf to lsm= on the kernel command line
-            segfw cannot run here: 1 of 3 checks failed.
-        "#]],
+                good  cgroup2 is mounted  /sys/fs/cgroup
+                BAD   BPF file system     not mounted
+                      so: less is enforced
+                      do: mount -t bpf bpf /sys/fs/bpf
+                less  BPF LSM             bpf is not in lsm=
+                      so: less is enforced
+                      do: add bpf to lsm= on the kernel command line
+                segfw cannot run here: 1 of 3 checks failed.
+            "#]],
         );
     }
 

@@ -2,7 +2,9 @@
 
 use crate::flow::Coded;
 use crate::flow::record::Protocol;
+use crate::policy::compile::CompileProblem;
 use crate::policy::host_policy::{Labels, Position};
+use crate::policy::problem::{self, Problem};
 use ipnet::IpNet;
 use jiff::Timestamp;
 use segfw_common::{Direction, Evidence, Reason, Verdict};
@@ -115,6 +117,28 @@ pub struct Finding {
     /// What to do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub help: Option<String>,
+}
+
+impl From<&Problem> for Finding {
+    fn from(Problem { severity, at, what, why, help }: &Problem) -> Self {
+        let severity = match severity {
+            problem::Severity::Error => Severity::Error,
+            problem::Severity::Warning => Severity::Warning,
+        };
+        Self { severity, at: Some(at.into()), message: format!("{what} ({why})"), help: help.clone() }
+    }
+}
+impl From<&CompileProblem> for Finding {
+    fn from(problem: &CompileProblem) -> Self {
+        let (at, help) = match problem {
+            CompileProblem::TooManyClasses { .. } => (None, "name fewer different ports and ranges of this protocol"),
+            CompileProblem::Capacity { costliest, .. } => (
+                costliest.as_ref().map(|c| At::from(&c.at)),
+                "write the rule for fewer peers or ports, or split the policy by host",
+            ),
+        };
+        Self { severity: Severity::Error, at, message: problem.to_string(), help: Some(help.to_owned()) }
+    }
 }
 
 /// How bad a finding is.
@@ -547,10 +571,16 @@ pub struct EndReport {
     pub peer: String,
     /// How it knows.
     pub evidence: Coded<Evidence>,
+    /// The same in words.
+    #[serde(default)]
+    pub evidence_means: String,
     /// The answer; absent where this end has no agent or is in no segment.
     pub verdict: Option<Coded<Verdict>>,
     /// Why.
     pub reason: Coded<Reason>,
+    /// Why there is no answer, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_judged: Option<String>,
     /// The deciding rule.
     pub rule: Option<RuleReport>,
     /// The segment whose default decided.
@@ -559,8 +589,14 @@ pub struct EndReport {
     pub pending: Option<PendingReport>,
     /// The verdict holds until then.
     pub until: Option<Timestamp>,
-    /// The rule that came nearest, where no rule decided.
+    /// A refusal: the rule that came nearest to letting it pass.
     pub nearest: Option<NearestReport>,
+    /// An allow by a rule: the answer if that rule were not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub without: Option<WithoutReport>,
+    /// What happens to live connections once they are refused: `cut`, `drain: 600s`, `keep`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_revoke: Option<String>,
     /// The golden rule that applies.
     pub golden: Option<String>,
 }
@@ -571,6 +607,17 @@ pub struct PendingReport {
     /// What it would be.
     pub verdict: Coded<Verdict>,
     /// By which rule.
+    pub rule: Option<RuleReport>,
+}
+
+/// The answer if the deciding rule were not there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WithoutReport {
+    /// What it would be.
+    pub verdict: Coded<Verdict>,
+    /// Why.
+    pub reason: Coded<Reason>,
+    /// By which rule; absent = the default.
     pub rule: Option<RuleReport>,
 }
 
@@ -592,6 +639,9 @@ pub struct CheckReport {
     pub outcome: Outcome,
     /// What was found.
     pub found: String,
+    /// What it means for the policy; empty where all is well.
+    #[serde(default)]
+    pub consequence: String,
     /// What to do; empty where nothing is to be done.
     pub action: String,
 }
@@ -779,13 +829,17 @@ pub(crate) mod tests {
                     segments: Vec::new(),
                     peer: "app=payments,tier=db".to_owned(),
                     evidence: Evidence::Endpoint.into(),
+                    evidence_means: "a socket on this host owns the address, protocol and port".to_owned(),
                     verdict: None,
                     reason: Reason::NoSegment.into(),
+                    not_judged: Some("in no segment: nothing is enforced here".to_owned()),
                     rule: None,
                     default_of: None,
                     pending: None,
                     until: None,
                     nearest: None,
+                    without: None,
+                    on_revoke: None,
                     golden: None,
                 },
                 EndReport {
@@ -794,8 +848,10 @@ pub(crate) mod tests {
                     segments: vec!["payments-db".to_owned()],
                     peer: "app=web".to_owned(),
                     evidence: Evidence::Origin.into(),
+                    evidence_means: "the hooks of this host saw who opened the flow".to_owned(),
                     verdict: Some(Verdict::Denied.into()),
                     reason: Reason::SegmentDefault.into(),
+                    not_judged: None,
                     rule: None,
                     default_of: Some("payments-db".to_owned()),
                     pending: Some(PendingReport { verdict: Verdict::Allowed.into(), rule: Some(rule()) }),
@@ -804,6 +860,8 @@ pub(crate) mod tests {
                         rule: rule(),
                         why_not: "source is not in segment payments-api (app=web lacks tier=api)".to_owned(),
                     }),
+                    without: None,
+                    on_revoke: Some("cut".to_owned()),
                     golden: None,
                 },
             ],
@@ -822,6 +880,8 @@ pub(crate) mod tests {
         end.reason = Reason::Rule.into();
         (end.rule, end.default_of, end.pending, end.nearest) = (Some(rule()), None, None, None);
         end.until = Some(stamp("2026-12-24T18:00:00Z"));
+        end.without =
+            Some(WithoutReport { verdict: Verdict::Denied.into(), reason: Reason::SegmentDefault.into(), rule: None });
         explanation
     }
 

@@ -113,6 +113,8 @@ impl fmt::Display for Protocol {
         match (self.0, Proto::from_ip(self.0)) {
             (ipproto::MPTCP, _) => f.write_str("mptcp"),
             (number, Proto::Other) => write!(f, "ip-{number}"),
+            // A class is told by the low byte; a number that no protocol has is not one of them.
+            (number @ 256.., _) => write!(f, "ip-{number}"),
             (_, proto) => f.write_str(proto.as_str()),
         }
     }

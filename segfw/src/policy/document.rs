@@ -233,7 +233,7 @@ pub fn parse(files: &[(String, String)]) -> (Vec<Document>, Vec<Problem>) {
                 }
                 std::collections::hash_map::Entry::Occupied(first) => {
                     let Position { file, line, column } = first.get();
-                    let what = format!("there are two {}s with the name {}", document.kind(), quote(&meta.name));
+                    let what = format!("two {} documents have the name {}", document.kind(), quote(&meta.name));
                     let why = format!("the first is at {file}:{line}:{column}");
                     problems.push(Problem::error(meta.at.clone(), what, why));
                 }

@@ -19,6 +19,8 @@ pub enum Who {
     Labels(Labels),
     /// An address that no workload claims.
     Address(IpAddr),
+    /// Any address that neither a workload nor a policy names.
+    World,
     Host,
     Unresolved,
 }
@@ -192,6 +194,7 @@ fn identity(tables: &Tables, who: &Who) -> Identity {
     match who {
         Who::Labels(labels) => tables.identity_of(&IdentityName::Labels(labels.clone())).unwrap_or(UNKNOWN),
         Who::Address(ip) => tables.longest_prefix(&(*ip).into()).unwrap_or(Identity::WORLD),
+        Who::World => Identity::WORLD,
         Who::Host => Identity::HOST,
         Who::Unresolved => Identity::UNRESOLVED,
     }
@@ -212,7 +215,7 @@ impl<'a> Asker<'a> {
         let evidence = peer.evidence.unwrap_or_else(|| self.usual_evidence(&peer.who, peer_identity, direction));
         let address = |end: &End| match end.who {
             Who::Address(ip) => Addr::from(ip),
-            Who::Labels(_) | Who::Host | Who::Unresolved => Addr::UNSPECIFIED_V4,
+            Who::Labels(_) | Who::World | Who::Host | Who::Unresolved => Addr::UNSPECIFIED_V4,
         };
         let (local_port, remote_port) = match direction {
             Direction::Ingress => (self.question.port, 0),
@@ -242,6 +245,7 @@ impl<'a> Asker<'a> {
                 Direction::Egress => Evidence::Endpoint,
             },
             Who::Labels(_) | Who::Host | Who::Unresolved => Evidence::Address,
+            Who::World => Evidence::None,
             Who::Address(_) if identity == Identity::WORLD => Evidence::None,
             Who::Address(_) => Evidence::Prefix,
         }
@@ -252,7 +256,7 @@ impl<'a> Asker<'a> {
         let segments: Vec<&Segment> = self.policy.segments.iter().filter(|s| member(s, &local.who)).collect();
         let none = |why| Judgement::None { who: who_text(&local.who), why };
         match &local.who {
-            Who::Address(_) => return none("no agent here: an address that no workload claims"),
+            Who::Address(_) | Who::World => return none("no agent here: an address that no workload claims"),
             Who::Host => return none("processes of no workload are not judged"),
             Who::Labels(_) if segments.is_empty() => (),
             Who::Labels(_) | Who::Unresolved => {
@@ -330,7 +334,7 @@ impl<'a> Asker<'a> {
             HostPolicy { segments: self.policy.segments.clone(), rules: rules.cloned().collect(), monitor: false };
         let labels = |end: &End| match &end.who {
             Who::Labels(labels) => vec![labels.clone()],
-            Who::Address(_) | Who::Host | Who::Unresolved => vec![],
+            Who::Address(_) | Who::World | Who::Host | Who::Unresolved => vec![],
         };
         let tables = compile(&policy, &labels(local), &labels(peer), &mut Numbers::default(), self.view.clock).ok()?;
         let (other, _) = self.decide(&tables, direction);
@@ -414,8 +418,11 @@ impl<'a> Asker<'a> {
         match (decided, self.policy.rules.get(decided.unwrap_or(usize::MAX))) {
             (Some(at), Some(other)) if at < index => {
                 let order = format!(
-                    "{}/{} comes first (tier {:?}, priority {})",
-                    other.policy, other.name, other.tier, other.priority
+                    "{}/{} comes first (tier {}, priority {})",
+                    other.policy,
+                    other.name,
+                    other.tier.as_str(),
+                    other.priority
                 );
                 differ(&mut differs, What::Order, order);
             }
@@ -430,7 +437,7 @@ impl<'a> Asker<'a> {
         }
         if differs.is_empty() {
             // Everything holds and yet it did not decide: an earlier `pass` skips the rest of its tier.
-            differ(&mut differs, What::Order, format!("an earlier pass skips tier {:?}", rule.tier));
+            differ(&mut differs, What::Order, format!("an earlier pass skips tier {}", rule.tier.as_str()));
         }
         differs.sort_by_key(|d| d.what);
         Some(differs)
@@ -464,7 +471,7 @@ fn stands(policy: &HostPolicy, peers: &[PeerSpec], who: &Who) -> bool {
         (PeerSpec::Any, who) => *who != Who::Unresolved,
         (PeerSpec::Unresolved, who) => *who == Who::Unresolved,
         (PeerSpec::Host, who) => *who == Who::Host,
-        (PeerSpec::World, who) => matches!(who, Who::Address(_)),
+        (PeerSpec::World, who) => matches!(who, Who::Address(_) | Who::World),
         (PeerSpec::Segment(i), who) => policy.segments.get(*i).is_some_and(|s| member(s, who)),
         (PeerSpec::Select(selector), Who::Labels(labels)) => selector.matches(labels),
         (PeerSpec::Addresses(nets), Who::Address(ip)) => holds(nets, *ip),
@@ -481,6 +488,7 @@ fn who_text(who: &Who) -> String {
     match who {
         Who::Labels(labels) => canonical(labels),
         Who::Address(ip) => ip.to_string(),
+        Who::World => "world".into(),
         Who::Host => "host".into(),
         Who::Unresolved => "unresolved".into(),
     }

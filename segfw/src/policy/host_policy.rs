@@ -149,6 +149,19 @@ pub enum Tier {
     Baseline,
 }
 
+impl Tier {
+    /// The word users see.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Emergency => "emergency",
+            Self::Security => "security",
+            Self::Platform => "platform",
+            Self::Application => "application",
+            Self::Baseline => "baseline",
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RuleAction {
     Deny,
@@ -158,6 +171,15 @@ pub enum RuleAction {
 }
 
 impl RuleAction {
+    /// The word users see.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Deny => "deny",
+            Self::Reject => "reject",
+            Self::Pass => "pass",
+            Self::Allow => "allow",
+        }
+    }
     /// Rank at equal priority: deny and reject before pass before allow.
     pub fn rank(self) -> u8 {
         match self {

@@ -86,6 +86,24 @@ pub fn resolve(
     (policy, work.problems.into_sorted())
 }
 
+/// [`parse`](super::document::parse) and [`resolve`] together. While documents cannot be read, the advice about what is
+/// missing would be wrong (the rule with the mistake is the one that mentions the segment), so it waits. Which cgroup
+/// carries which labels follows from the documents, hence the inventory is asked for once they are read.
+pub fn read(
+    files: &[(String, String)],
+    inventory: impl FnOnce(&[Document]) -> Inventory,
+    host: &HostSettings,
+    now: Timestamp,
+) -> (Vec<Document>, HostPolicy, Problems) {
+    let (docs, mut problems) = super::document::parse(files);
+    let (policy, mut more) = resolve(&docs, &inventory(&docs), host, now);
+    if problems.iter().any(|p| p.severity == Severity::Error) {
+        more.retain(|p| p.severity == Severity::Error);
+    }
+    problems.extend(more);
+    (docs, policy, Problems::new(problems))
+}
+
 fn precedence(r: &Rule) -> (Tier, u16, u8, &str, u32) {
     (r.tier, r.priority, r.action.rank(), &r.policy, r.index)
 }

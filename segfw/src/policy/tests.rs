@@ -329,7 +329,7 @@ spec: {select: {app: db}}
 "#,
         expect![[r#"
             a.yaml:9:56: error: there are two rules with the name "rule-1" (the first begins in line 9; flows and counters name rules)
-            a.yaml:13:18: error: there are two Segments with the name "web" (the first is at a.yaml:3:18)
+            a.yaml:13:18: error: two Segment documents have the name "web" (the first is at a.yaml:3:18)
         "#]],
     );
 }

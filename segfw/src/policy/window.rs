@@ -93,6 +93,7 @@ pub fn next_boundaries(schedule: &Schedule, from: Timestamp, count: usize) -> Bo
 
 #[cfg(test)]
 mod tests {
+    use super::super::schedule::parse;
     use super::*;
 
     fn schedule(zone: &str, windows: &[(u8, u32, u32)]) -> Schedule {
@@ -165,6 +166,112 @@ mod tests {
                     }
                     assert_eq!(is_open(&s, t), b.open ^ (next % 2 == 1), "{zone} {t}");
                     t += 53.seconds();
+                }
+            }
+        }
+    }
+
+    fn next(schedule: &str, from: &str, n: usize) -> (bool, Vec<String>) {
+        let Boundaries { open, at, horizon: _ } = next_boundaries(&parse(schedule).unwrap(), ts(from), n);
+        (open, at.iter().map(Timestamp::to_string).collect())
+    }
+
+    #[test]
+    fn office_hours() {
+        let schedule = "Mon-Fri 08:00-18:00 Europe/Amsterdam";
+        // 2026-01-05 is a Monday; Amsterdam is at +01.
+        assert_eq!(
+            next(schedule, "2026-01-05T12:00:00Z", 3),
+            (true, vec!["2026-01-05T17:00:00Z".into(), "2026-01-06T07:00:00Z".into(), "2026-01-06T17:00:00Z".into()])
+        );
+        // Friday evening: closed until Monday.
+        assert_eq!(next(schedule, "2026-01-09T17:00:00Z", 1), (false, vec!["2026-01-12T07:00:00Z".into()]));
+        // At the very moment of opening it is open, and the boundary is past.
+        assert_eq!(next(schedule, "2026-01-05T07:00:00Z", 1), (true, vec!["2026-01-05T17:00:00Z".into()]));
+    }
+
+    #[test]
+    fn over_midnight_is_one_opening_as_written() {
+        let schedule = "Fri 22:00-02:00 UTC";
+        assert_eq!(
+            next(schedule, "2026-01-09T00:00:00Z", 2),
+            (false, vec!["2026-01-09T22:00:00Z".into(), "2026-01-10T02:00:00Z".into()])
+        );
+    }
+
+    #[test]
+    fn clocks_forward() {
+        // 2026-03-29: 02:00 +01 becomes 03:00 +02. The day has 23 hours.
+        assert_eq!(
+            next("Sun 01:00-04:00 Europe/Amsterdam", "2026-03-28T12:00:00Z", 2),
+            (false, vec!["2026-03-29T00:00:00Z".into(), "2026-03-29T02:00:00Z".into()])
+        );
+        // Starts inside the gap: open as soon as the clock is past it.
+        assert_eq!(
+            next("Sun 02:30-04:00 Europe/Amsterdam", "2026-03-28T12:00:00Z", 2),
+            (false, vec!["2026-03-29T01:00:00Z".into(), "2026-03-29T02:00:00Z".into()])
+        );
+        // Wholly inside the gap: no such time on that day.
+        assert_eq!(
+            next("Sun 02:00-03:00 Europe/Amsterdam", "2026-03-28T12:00:00Z", 1),
+            (false, vec!["2026-04-05T00:00:00Z".into()])
+        );
+    }
+
+    #[test]
+    fn clocks_back() {
+        // 2026-10-25: 03:00 +02 becomes 02:00 +01. The hour from 02:00 comes twice.
+        assert_eq!(
+            next("Sun 01:00-04:00 Europe/Amsterdam", "2026-10-24T12:00:00Z", 2),
+            (false, vec!["2026-10-24T23:00:00Z".into(), "2026-10-25T03:00:00Z".into()])
+        );
+        assert_eq!(
+            next("Sun 02:15-02:45 Europe/Amsterdam", "2026-10-24T12:00:00Z", 4),
+            (
+                false,
+                vec![
+                    "2026-10-25T00:15:00Z".into(),
+                    "2026-10-25T00:45:00Z".into(),
+                    "2026-10-25T01:15:00Z".into(),
+                    "2026-10-25T01:45:00Z".into()
+                ]
+            )
+        );
+    }
+
+    #[test]
+    fn always_open_has_no_boundary() {
+        assert_eq!(next("Mon-Sun 00:00-24:00 Europe/Amsterdam", "2026-03-28T12:00:00Z", 8), (true, vec![]));
+        assert_eq!(next("daily 00:00-24:00 UTC", "2026-03-28T12:00:00Z", 8), (true, vec![]));
+    }
+
+    #[test]
+    fn agrees_with_the_wall_clock_as_written() {
+        for text in [
+            "Mon-Fri 08:00-18:00 Europe/Amsterdam",
+            "Sat-Mon 22:30-03:15; Wed 00:00-24:00 America/New_York",
+            "daily 01:30-02:30 Australia/Lord_Howe",
+            "Mon,Wed,Fri 23:00-23:59; Tue 00:00-00:01 Pacific/Apia",
+        ] {
+            let schedule = parse(text).unwrap();
+            for start in [
+                "2026-03-06T00:00:00Z",
+                "2026-03-27T00:00:00Z",
+                "2026-04-03T00:00:00Z",
+                "2026-10-02T00:00:00Z",
+                "2026-10-24T00:00:00Z",
+                "2011-12-28T00:00:00Z",
+            ] {
+                let from = ts(start);
+                let Boundaries { mut open, at: list, horizon: _ } = next_boundaries(&schedule, from, 40);
+                assert_eq!(list.len(), 40);
+                let mut list = list.into_iter().peekable();
+                for minute in 0..60 * 24 * 6 {
+                    let now = from + (minute as i64).minutes();
+                    while list.next_if(|b| *b <= now).is_some() {
+                        open = !open;
+                    }
+                    assert_eq!(open, is_open(&schedule, now), "{text} at {now}");
                 }
             }
         }

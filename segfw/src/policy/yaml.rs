@@ -128,7 +128,8 @@ pub fn read(file: &str, text: &str, problems: &mut Vec<Problem>, mut each: impl 
             Some(Err(error)) => Some((*error.marker(), error.info())),
         };
         let Some((marker, why)) = fault else { continue };
-        problems.push(Problem::error(at(marker.line(), marker.col() + 1), "this is not YAML", why));
+        let tab = why.contains("tab").then(|| "indent with spaces: YAML takes no tabs there".to_owned());
+        problems.push(Problem { help: tab, ..Problem::error(at(marker.line(), marker.col() + 1), "this is not YAML", why) });
         syntax_errors += 1;
         tree = Tree::new(text);
         if syntax_errors >= SYNTAX_ERRORS || !parser.proceed_next_document().unwrap_or(false) {

@@ -563,7 +563,7 @@ fn expected(policy: &HostPolicy, numbers: &Numbers, case: &Case, evidence: Evide
     };
     Decision {
         reject: action == Action::Reject,
-        quiet: m.quiet,
+        quiet: m.quiet && !refused,
         rule: number(m.rule),
         pending: m.pending.map_or(0, |p| p.0 as u8),
         pending_rule: m.pending.map_or(0, |p| number(p.1)),
