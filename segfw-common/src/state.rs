@@ -169,7 +169,7 @@ pub struct SocketState {
     pub evidence: u8,
     /// [`crate::Reason`] of the cached answer.
     pub reason: u8,
-    /// `REGISTERED`, `LOGGED`, `NO_LOG`.
+    /// `REGISTERED`, `LOGGED`, `NO_LOG`, `CONNECTED`.
     pub flags: u8,
     /// [`crate::Action`] of the shadow answer.
     pub pending: u8,
@@ -184,6 +184,8 @@ impl SocketState {
     pub const LOGGED: u8 = 2;
     /// The deciding rule says `log: none`.
     pub const NO_LOG: u8 = 4;
+    /// A datagram socket that was connected: its peer stays its peer, whomever else it writes to.
+    pub const CONNECTED: u8 = 8;
 
     /// The identity as a type.
     #[inline(always)]

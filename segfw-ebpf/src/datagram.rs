@@ -3,7 +3,7 @@
 
 use crate::Answer;
 use crate::emit::{About, report};
-use crate::judge::{Judgement, cached, judge, remember, unjudged};
+use crate::judge::{Judgement, Live, cached, judge, live, remember, unjudged};
 use crate::maps::{
     Kernel, flow as find_flow, now, register_endpoint, socket_state, socket_state_or_new, store_flow,
     unregister_endpoint,
@@ -284,10 +284,12 @@ fn outbound(
     judge(kernel, &flow, &mut j);
     if j.decision.passes() {
         open(kernel, &flow, &j);
-        remember(state, kernel.generation, &j);
-        state.direction = Direction::Egress as u8;
-        state.remote_addr = remote_addr;
-        state.remote_port = remote_port;
+        if state.flags & SocketState::CONNECTED == 0 {
+            remember(state, kernel.generation, &j);
+            state.direction = Direction::Egress as u8;
+            state.remote_addr = remote_addr;
+            state.remote_port = remote_port;
+        }
         if known == Known::Stale {
             return Answer::Pass;
         }
@@ -320,7 +322,8 @@ fn flow_key(flow: &Flow) -> FlowKey {
     FlowKey {
         netns: flow.netns,
         remote: flow.remote_addr,
-        remote_port: if is_icmp(flow.protocol) { 0 } else { flow.remote_port },
+        // For ICMP the type and code: one type that was let through opens no other.
+        remote_port: flow.remote_port,
         local_port: if is_icmp(flow.protocol) { 0 } else { flow.local_port },
         protocol: flow.protocol,
         pad: 0,
@@ -421,6 +424,19 @@ pub fn ingress(skb: *mut __sk_buff, sk: &bpf_sock, state: &mut SocketState, kern
         remote_port: packet.source_port,
     };
     let mut j = unjudged();
+    // From the peer that this socket asked: the answer to the question belongs to it, judged as the question was.
+    if state.verdict != 0
+        && state.direction == Direction::Egress as u8
+        && state.remote_port == packet.source_port
+        && state.remote_addr == packet.source
+    {
+        flow.direction = Direction::Egress;
+        judge(&kernel, &flow, &mut j);
+        match live(state, kernel.generation, &mut j) {
+            Live::Goes => return Answer::Pass,
+            Live::EndsNow | Live::Ended => flow.direction = Direction::Ingress,
+        }
+    }
     let known = follow(&kernel, &mut flow, &mut j);
     if known == Known::Yes {
         return Answer::Pass;
@@ -502,6 +518,23 @@ fn introduce(skb: *mut __sk_buff, kernel: &Kernel, packet: &Packet, netns: u64) 
     }
 }
 
+/// TCP and UDP on their way out were judged when they were opened; here their time may end, with nobody but the kernel
+/// awake. A reset goes out always: it is how the peer learns that the connection is over.
+#[inline(always)]
+fn ordinary(skb: *mut __sk_buff, sk: *mut core::ffi::c_void, kernel: &Kernel, protocol: u16) -> Answer {
+    let Some(state) = socket_state(sk) else { return Answer::Pass };
+    if crate::stream::outlived(state, kernel) == Answer::Pass {
+        return Answer::Pass;
+    }
+    if protocol == ipproto::TCP {
+        let mut packet = Packet::EMPTY;
+        if read(skb, &mut packet) && packet.tcp_flags & Packet::RST != 0 {
+            return Answer::Pass;
+        }
+    }
+    Answer::Refuse
+}
+
 /// `cgroup_skb/egress`: what a granted socket sends, packet by packet.
 #[inline(always)]
 pub fn egress(ctx: &SkBuffContext) -> Answer {
@@ -518,10 +551,10 @@ pub fn egress(ctx: &SkBuffContext) -> Answer {
     }
     // SAFETY: checked for null above.
     let (kind, protocol) = unsafe { ((*full).type_, (*full).protocol as u16) };
-    if kind != SOCK_RAW && (protocol == ipproto::TCP || protocol == ipproto::UDP) {
-        return Answer::Pass;
-    }
     let kernel = Kernel::read();
+    if kind != SOCK_RAW && (protocol == ipproto::TCP || protocol == ipproto::UDP) {
+        return ordinary(skb, sk.cast(), &kernel, protocol);
+    }
     let state = match socket_state(sk.cast()) {
         Some(state) => state,
         None => match crate::stream::adopt(skb, full, protocol) {

@@ -145,6 +145,9 @@ pub fn connect(ctx: &SockAddrContext, v6: bool) -> Answer {
     state.remote_port = remote_port;
     state.drain = 0;
     state.flags &= !SocketState::LOGGED;
+    if datagram {
+        state.flags |= SocketState::CONNECTED;
+    }
     // A TCP connection that may go is reported with its final addresses, when the SYN leaves.
     if datagram || !j.decision.passes() {
         let about = About {
@@ -310,6 +313,51 @@ fn alive(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> Answer
     }
 }
 
+/// A flow whose time is over, or that was refused since: judged by what its socket remembers, for the egress hook.
+#[inline(always)]
+pub fn outlived(state: &mut SocketState, kernel: &Kernel) -> Answer {
+    if state.verdict == 0 || (state.until == 0 && state.verdict != Verdict::Denied as u8) {
+        return Answer::Pass;
+    }
+    if state.verdict != Verdict::Denied as u8 && now() < state.until {
+        return Answer::Pass;
+    }
+    if state.verdict == Verdict::Denied as u8 && state.generation == kernel.generation {
+        return Answer::Refuse;
+    }
+    refresh(state);
+    let flow = Flow {
+        direction: if state.direction == Direction::Egress as u8 { Direction::Egress } else { Direction::Ingress },
+        protocol: state.protocol,
+        local: state.local(),
+        workload: state.workload,
+        netns: state.netns,
+        local_addr: state.local_addr,
+        remote_addr: state.remote_addr,
+        local_port: state.local_port,
+        remote_port: state.remote_port,
+    };
+    let mut j = unjudged();
+    judge(kernel, &flow, &mut j);
+    match live(state, kernel.generation, &mut j) {
+        Live::Goes => Answer::Pass,
+        Live::Ended => Answer::Refuse,
+        Live::EndsNow => {
+            let about = About {
+                kind: EventKind::Revoked,
+                hook: Hook::Egress,
+                process: false,
+                socket_type: 0,
+                generation: kernel.generation,
+                sequence: 0,
+                cgroup: state.cgroup,
+            };
+            report(&about, &flow, &j);
+            Answer::Refuse
+        }
+    }
+}
+
 /// `sock_ops`.
 #[inline(always)]
 pub fn life(ctx: &SockOpsContext) {
@@ -321,9 +369,10 @@ pub fn life(ctx: &SockOpsContext) {
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ops),
         BPF_SOCK_OPS_TCP_LISTEN_CB => listens(ops),
         BPF_SOCK_OPS_STATE_CB => {
-            // SAFETY: as above.
-            if unsafe { (*ops).__bindgen_anon_1.args[1] } == TCP_CLOSE {
-                ends(ops);
+            // SAFETY: as above; arguments are (old state, new state).
+            let (old, new) = unsafe { ((*ops).__bindgen_anon_1.args[0], (*ops).__bindgen_anon_1.args[1]) };
+            if new == TCP_CLOSE {
+                ends(ops, old == TCP_LISTEN);
             }
         }
         _ => {}
@@ -481,9 +530,13 @@ fn listens(ops: *mut bpf_sock_ops) {
 
 /// The end of a connection or of a listener.
 #[inline(always)]
-fn ends(ops: *mut bpf_sock_ops) {
+fn ends(ops: *mut bpf_sock_ops, listener: bool) {
     let Some(state) = state_of(ops) else { return };
-    if state.flags & SocketState::REGISTERED != 0 {
+    // A child that dies before it is accepted still carries its listener's mark: only the listener itself signs off.
+    if listener && state.flags & SocketState::REGISTERED == 0 {
+        return;
+    }
+    if listener {
         let key = EndpointKey {
             netns: state.netns,
             addr: state.local_addr,

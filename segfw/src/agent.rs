@@ -391,7 +391,7 @@ impl Core {
             None => self.holds(&digest_of_tables)?,
         };
         self.saved.numbers = numbers;
-        let grants = tables.locals.values().any(|l| l.grants != 0);
+        let egress = needs_egress(&tables);
         let number = match &self.in_force {
             Some(f) if f.revision.digest == digest => f.revision.number,
             None if self.saved.revision != 0 && crate::policy::digest(&self.saved.files) == digest => self.saved.revision,
@@ -401,7 +401,7 @@ impl Core {
         self.names.learn(&tables.identities, &tables.rule_names, &policy.segments);
         self.registry = registry;
         let relabelled = self.write_cgroups()?;
-        if grants && self.attached {
+        if egress && self.attached {
             self.attach_egress()?;
         }
         let active = if same { self.datapath.active()? } else { self.datapath.publish(&tables)? };
@@ -410,12 +410,12 @@ impl Core {
         self.publish_names();
         if !self.attached {
             self.attach()?;
-            if grants {
+            if egress {
                 self.attach_egress()?;
             }
         } else {
             self.attach()?;
-            if !grants {
+            if !egress {
                 self.datapath.drop_egress()?;
             }
         }
@@ -745,6 +745,12 @@ impl Core {
             Err(error) => tracing::error!("{error}"),
         }
     }
+}
+
+/// The egress hook costs a call per packet. It sits there while some segment holds a grant (such sockets have no connect
+/// hook), and while some rule has an end (then the kernel alone must be able to end live flows).
+pub(crate) fn needs_egress(tables: &Tables) -> bool {
+    tables.locals.values().any(|l| l.grants != 0) || tables.rules.values().any(|e| e.until != 0)
 }
 
 /// The record of a connection that the sweep ended.

@@ -96,10 +96,10 @@ impl Core {
 
     fn status(&self, counters: CounterReport) -> Result<StatusReport, Failure> {
         let links = self.datapath.links().map_err(system)?;
-        let grants = self.in_force.as_ref().is_some_and(|f| f.tables.locals.values().any(|l| l.grants != 0));
+        let egress = self.in_force.as_ref().is_some_and(|f| super::needs_egress(&f.tables));
         let hooks: Vec<HookReport> = links
             .iter()
-            .filter(|l| l.name != EGRESS.program || grants || l.link.is_some())
+            .filter(|l| l.name != EGRESS.program || egress || l.link.is_some())
             .map(|l| HookReport {
                 name: l.name.clone(),
                 attached: l.link.is_some_and(|i| i.cgroup != 0),

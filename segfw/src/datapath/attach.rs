@@ -32,7 +32,7 @@ pub const HOOKS: [Hook; 10] = [
     Hook { program: "skb_ingress", attach_type: 0 },
 ];
 
-/// Attached only while some segment holds a grant: it costs a call per packet.
+/// Attached only while some segment holds a grant or some rule has an end: it costs a call per packet.
 pub const EGRESS: Hook = Hook { program: "skb_egress", attach_type: 1 };
 
 const BPF_XDP: u32 = 37;
@@ -117,8 +117,8 @@ impl Datapath {
         Ok(Outcome::Attached)
     }
 
-    /// Takes the egress hook away. The one place besides [`remove`] that ends a link: only while no segment holds a grant,
-    /// so nothing is left that the hook would have judged.
+    /// Takes the egress hook away. The one place besides [`remove`] that ends a link: only while nothing in
+    /// force needs it, so nothing is left that the hook would have judged.
     pub fn drop_egress(&self) -> Result<(), Error> {
         let pin = self.dir.join(format!("link-{}", EGRESS.program));
         match std::fs::remove_file(&pin) {
