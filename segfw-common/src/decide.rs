@@ -163,6 +163,10 @@ pub fn identify<T: Lookup + Peers>(t: &T, flow: &Flow) -> Peer {
             }
         }
     }
+    if loopback && flow.local_port == flow.remote_port && flow.direction as u8 == Direction::Egress as u8 {
+        // A socket that connects to its own port meets itself: nobody else has that endpoint.
+        return Peer { identity: flow.local, workload: flow.workload, evidence: Evidence::Endpoint };
+    }
     if loopback {
         // Nobody listens there: the kernel will say so. But a sender on this host that no hook of ours saw is unknown.
         let identity = match flow.direction {

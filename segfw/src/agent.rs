@@ -17,7 +17,8 @@ use crate::flow::record::{CgroupWords, Names};
 use crate::flow::{History, Intake, Item, enrich, history};
 use crate::host::cgroup::{Change, Hierarchy, Watcher};
 use crate::host::{netns, proc};
-use crate::policy::tables::Numbers;
+use crate::policy::host_policy::Labels;
+use crate::policy::tables::{IdentityName, Numbers};
 use crate::policy::{HostPolicy, Tables, TablesView};
 use anyhow::Context;
 use export::Shared;
@@ -241,7 +242,14 @@ impl Core {
         let active = datapath.active()?;
         let mut troubles = BTreeMap::new();
         if let Some(why) = damaged {
-            let _ = troubles.insert("state", trouble(&why, "counters and live connections of the last agent may show other rules", "remove the file; a new one is written"));
+            let _ = troubles.insert(
+                "state",
+                trouble(
+                    &why,
+                    "counters and live connections of the last agent may show other rules",
+                    "remove the file; a new one is written",
+                ),
+            );
         }
         let mut saved = saved.unwrap_or_default();
         if saved.maps != maps {
@@ -249,7 +257,14 @@ impl Core {
             // sockets may still hold old ones, above all that can be in use.
             saved.numbers = Numbers::default();
             if active.generation != 0 {
-                let _ = troubles.insert("numbers", trouble("the state of the agent before this one is gone", "its rule counters have no names", "nothing; it heals with time"));
+                let _ = troubles.insert(
+                    "numbers",
+                    trouble(
+                        "the state of the agent before this one is gone",
+                        "its rule counters have no names",
+                        "nothing; it heals with time",
+                    ),
+                );
                 saved.numbers.skip(u32::MAX / 4, proc::boot_ns().unwrap_or(0));
             }
         }
@@ -368,12 +383,18 @@ impl Core {
     /// tables are switched as a whole, registered cgroups first (a new identity has no rules in the old tables and falls
     /// to its segment's default in the new ones), hooks last on a new host.
     fn put_in_force(&mut self, candidate: Candidate, registry: Registry, numbers: Numbers) -> anyhow::Result<()> {
-        let Candidate { files, digest, documents: _, policy, tables, warnings: _ } = candidate;
-        let same = self.in_force.as_ref().is_some_and(|f| f.tables.digest() == tables.digest());
+        let Candidate { files, digest, policy, tables, warnings: _ } = candidate;
+        let digest_of_tables = tables.digest();
+        let same = match &self.in_force {
+            Some(f) => f.tables.digest() == digest_of_tables,
+            // What an earlier agent left is taken over as it is if it says the same.
+            None => self.holds(&digest_of_tables)?,
+        };
         self.saved.numbers = numbers;
         let grants = tables.locals.values().any(|l| l.grants != 0);
         let number = match &self.in_force {
             Some(f) if f.revision.digest == digest => f.revision.number,
+            None if self.saved.revision != 0 && crate::policy::digest(&self.saved.files) == digest => self.saved.revision,
             Some(_) | None => self.saved.revision + 1,
         };
         // What numbers mean is known before anything can carry them.
@@ -415,6 +436,12 @@ impl Core {
         Ok(())
     }
 
+    /// Does the kernel hold these very tables already?
+    fn holds(&self, digest: &[u8; 32]) -> anyhow::Result<bool> {
+        let active = self.datapath.active()?;
+        Ok(active.generation != 0 && self.datapath.read_back(active.slot).is_ok_and(|tables| tables.digest() == *digest))
+    }
+
     fn save(&mut self) {
         match self.store.save(&self.saved) {
             Ok(()) => {
@@ -423,7 +450,14 @@ impl Core {
             Err(e) => {
                 let what = format!("the state cannot be written to {}: {e}", self.config.state_dir.display());
                 tracing::error!("{what}");
-                let _ = self.troubles.insert("save", trouble(&what, "enforcement goes on; after a reboot an older revision would be in force first", "make room, or repair the file system"));
+                let _ = self.troubles.insert(
+                    "save",
+                    trouble(
+                        &what,
+                        "enforcement goes on; after a reboot an older revision would be in force first",
+                        "make room, or repair the file system",
+                    ),
+                );
             }
         }
     }
@@ -475,7 +509,10 @@ impl Core {
             let _ = self.troubles.remove("cgroups");
         } else {
             let what = format!("{full} cgroups do not fit into the registry of {}", segfw_common::bounds::CGROUPS);
-            let _ = self.troubles.insert("cgroups", trouble(&what, "they are enforced as the nearest cgroup above them", "fewer cgroups on this host"));
+            let _ = self.troubles.insert(
+                "cgroups",
+                trouble(&what, "they are enforced as the nearest cgroup above them", "fewer cgroups on this host"),
+            );
         }
         Ok(relabelled)
     }
@@ -488,12 +525,15 @@ impl Core {
             tracing::debug!("{}: {outcome:?}", hook.program);
         }
         for interface in self.config.xdp.clone() {
-            let index = nix::net::if_::if_nametoindex(interface.as_str())
-                .with_context(|| format!("interface {interface}"))?;
+            let index =
+                nix::net::if_::if_nametoindex(interface.as_str()).with_context(|| format!("interface {interface}"))?;
             self.datapath.set_xdp_netns(index, netns::current_cookie()?)?;
             let _ = self.datapath.attach_xdp(&interface)?;
         }
         self.attached = true;
+        for layout in attach::remove_other_layouts(&self.config.pin_dir, &self.datapath.dir)? {
+            tracing::warn!("removed the programs of another layout, now that ours are attached: {}", layout.display());
+        }
         Ok(())
     }
 
@@ -509,16 +549,16 @@ impl Core {
         let sets = self.registry.label_sets();
         let new = match &self.in_force {
             Some(f) => {
-                let known: BTreeSet<String> = f
+                let known: BTreeSet<&Labels> = f
                     .tables
                     .identities
                     .values()
                     .filter_map(|name| match name {
-                        crate::policy::tables::IdentityName::Labels(l) => Some(crate::policy::tables::canonical(l)),
-                        _ => None,
+                        IdentityName::Labels(labels) => Some(labels),
+                        IdentityName::Reserved(_) | IdentityName::Prefix(_) => None,
                     })
                     .collect();
-                sets.iter().any(|l| !known.contains(&crate::policy::tables::canonical(l)))
+                sets.iter().any(|labels| !known.contains(labels))
             }
             None => false,
         };
@@ -562,12 +602,20 @@ impl Core {
                 survey
             }
             Err(error) => {
-                let _ = self.troubles.insert("survey", trouble(&error.to_string(), "addresses and listeners of this host may be out of date; live connections are cut late", "see segfw doctor"));
+                let _ = self.troubles.insert(
+                    "survey",
+                    trouble(
+                        &error.to_string(),
+                        "addresses and listeners of this host may be out of date; live connections are cut late",
+                        "see segfw doctor",
+                    ),
+                );
                 return;
             }
         };
         self.last_survey = Some(std::time::Instant::now());
-        let by_path: BTreeMap<String, u64> = self.registry.words().into_iter().map(|(id, (path, _))| (path, id)).collect();
+        let by_path: BTreeMap<String, u64> =
+            self.registry.words().into_iter().map(|(id, (path, _))| (path, id)).collect();
         let identity_of = |path: &str| {
             by_path.get(path).and_then(|id| self.cgroups.get(id)).map_or(segfw_common::Identity::HOST.0, |e| e.identity)
         };
@@ -654,7 +702,10 @@ impl Core {
             if let Some(why) = cut.failed {
                 let what = format!("a live connection that is no longer allowed could not be ended: {why}");
                 tracing::warn!("{what}");
-                let _ = self.troubles.insert("sweep", trouble(&what, "its packets are refused, but it stays open on both ends", "see segfw doctor"));
+                let _ = self.troubles.insert(
+                    "sweep",
+                    trouble(&what, "its packets are refused, but it stays open on both ends", "see segfw doctor"),
+                );
             }
         }
     }

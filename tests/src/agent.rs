@@ -67,7 +67,8 @@ impl Agent {
         fs::write(self.own_cgroup.join("cgroup.procs"), child.id().to_string())?;
         self.child = Some(child);
         drop(making);
-        self.wait_until("enforces", |status| status["state"] == "ENFORCING")
+        // An agent in host monitor mode is as ready as it gets.
+        self.wait_until("enforces", |status| status["state"] == "ENFORCING" || status["state"] == "MONITOR")
     }
 
     /// Replaces the policy and waits until another revision is enforced.

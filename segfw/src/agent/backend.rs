@@ -163,7 +163,8 @@ impl Core {
             refused: self.refused.clone(),
             gate: Gate {
                 name: "skb".to_owned(),
-                why: "cgroup_skb/ingress with the verdict cached on the socket; gate conn is not in this version".to_owned(),
+                why: "cgroup_skb/ingress with the verdict cached on the socket; gate conn is not in this version"
+                    .to_owned(),
             },
             hooks,
             xdp: self.config.xdp.clone(),
@@ -175,7 +176,10 @@ impl Core {
             golden_rules: GOLDEN.iter().map(|s| (*s).to_owned()).collect(),
             uncovered: UNCOVERED
                 .iter()
-                .map(|(what, consequence)| Uncovered { what: (*what).to_owned(), consequence: (*consequence).to_owned() })
+                .map(|(what, consequence)| Uncovered {
+                    what: (*what).to_owned(),
+                    consequence: (*consequence).to_owned(),
+                })
                 .collect(),
             absence: ABSENCE
                 .iter()
@@ -236,21 +240,17 @@ impl Core {
             }
             let workloads = self.registry.workloads();
             let by_unit = |w: &&super::registry::Workload| Path::new(&w.cgroup).file_name().is_some_and(|f| f == name);
-            workloads.iter().find(by_unit).or_else(|| workloads.iter().find(|w| w.name == name)).map(|w| w.labels.clone())
+            workloads
+                .iter()
+                .find(by_unit)
+                .or_else(|| workloads.iter().find(|w| w.name == name))
+                .map(|w| w.labels.clone())
         };
         let host_flags = if self.config.monitor { control::HOST_MONITOR } else { 0 };
         let clock = super::revision::clock().map_err(system)?;
         let view = crate::policy::explain::View { clock, host_flags };
-        crate::control::answer::explain(
-            &f.tables,
-            &f.policy,
-            question,
-            &find,
-            view,
-            Some(f.revision.number),
-            "agent",
-        )
-        .map_err(Failure::input)
+        crate::control::answer::explain(&f.tables, &f.policy, question, &find, view, Some(f.revision.number), "agent")
+            .map_err(Failure::input)
     }
 }
 
@@ -277,7 +277,13 @@ const UNCOVERED: [(&str, &str); 4] = [
 
 /// What happens when something is not there.
 const ABSENCE: [(&str, &str); 3] = [
-    ("agent gone", "lastKnownGood: programs and maps are pinned and go on; no reload, no records, no answers to rejects"),
-    ("before the first revision after boot", "open until the agent starts; then lastKnownGood if the folder has no usable revision"),
+    (
+        "agent gone",
+        "lastKnownGood: programs and maps are pinned and go on; no reload, no records, no answers to rejects",
+    ),
+    (
+        "before the first revision after boot",
+        "open until the agent starts; then lastKnownGood if the folder has no usable revision",
+    ),
     ("controller gone", "no controller in this version"),
 ];

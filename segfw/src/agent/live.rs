@@ -7,8 +7,8 @@ use crate::host::sockdiag::{DestroyError, Diag, Sock, State};
 use crate::policy::{Tables, TablesView};
 use segfw_common::decide::Peer;
 use segfw_common::{
-    Addr, AddressEntry, CgroupEntry, Decision, Direction, EndpointEntry, EndpointKey, Flow, Identity, Lookup, OriginKey,
-    Party, Peers, Proto, RuleEntry, RuleKey, LocalEntry, decide, identify,
+    Addr, AddressEntry, CgroupEntry, Decision, Direction, EndpointEntry, EndpointKey, Flow, Identity, LocalEntry,
+    Lookup, OriginKey, Party, Peers, Proto, RuleEntry, RuleKey, decide, identify,
 };
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::SocketAddr;
@@ -114,11 +114,8 @@ pub fn sweep(
             socks.extend(diag.inet(v6, protocol)?);
         }
     }
-    let listeners: HashSet<(u16, u16)> = socks
-        .iter()
-        .filter(|s| s.state == State::Listen)
-        .map(|s| (s.protocol, s.canonical().0.port()))
-        .collect();
+    let listeners: HashSet<(u16, u16)> =
+        socks.iter().filter(|s| s.state == State::Listen).map(|s| (s.protocol, s.canonical().0.port())).collect();
     let mut doomed: Vec<(&Sock, Cut)> = Vec::new();
     for sock in &socks {
         let connected = match sock.protocol {

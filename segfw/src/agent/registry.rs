@@ -4,7 +4,7 @@ use crate::host::cgroup::Change;
 use crate::policy::document::WorkloadDoc;
 use crate::policy::host_policy::Labels;
 use crate::policy::tables::Numbers;
-use crate::policy::{CgroupFacts, Known, labels_for, managed_parents};
+use crate::policy::{CgroupFacts, Known, Problem, conflicts, labels_for, managed_parents};
 use segfw_common::{CgroupEntry, Identity};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -22,10 +22,18 @@ pub struct Workload {
     pub labels: Labels,
 }
 
+/// One cgroup of the tree.
+#[derive(Clone, Debug)]
+struct Node {
+    id: u64,
+    /// Names and labels that the documents give to the cgroup itself; kept, since globs are slow and batches are many.
+    named: Option<(String, Labels)>,
+}
+
 /// The tree, and what it means.
 #[derive(Debug, Default)]
 pub struct Registry {
-    tree: BTreeMap<PathBuf, u64>,
+    tree: BTreeMap<PathBuf, Node>,
     docs: Vec<WorkloadDoc>,
     managed: BTreeSet<PathBuf>,
     host_labels: Labels,
@@ -51,6 +59,11 @@ impl Registry {
     pub fn set_documents(&mut self, docs: Vec<WorkloadDoc>) {
         self.managed = managed_parents(&docs).into_iter().map(PathBuf::from).collect();
         self.docs = docs;
+        let mut tree = std::mem::take(&mut self.tree);
+        for (path, node) in &mut tree {
+            node.named = self.look(path);
+        }
+        self.tree = tree;
     }
 
     /// Takes note of what happened in the tree.
@@ -58,7 +71,8 @@ impl Registry {
         for change in changes {
             match change {
                 Change::Appeared { path, id } => {
-                    let _ = self.tree.insert(path.clone(), *id);
+                    let node = Node { id: *id, named: self.look(path) };
+                    let _ = self.tree.insert(path.clone(), node);
                 }
                 Change::Gone { path, .. } => {
                     let _ = self.tree.remove(path);
@@ -69,18 +83,29 @@ impl Registry {
 
     /// What the documents say of one cgroup itself, not of what is above it.
     pub fn named(&self, path: &Path) -> Option<(String, Labels)> {
-        let facts = CgroupFacts {
-            path: path.to_string_lossy().into_owned(),
-            unit: crate::host::cgroup::unit(path).map(str::to_owned),
-        };
-        labels_for(&self.docs, &facts, &self.host_labels)
+        match self.tree.get(path) {
+            Some(node) => node.named.clone(),
+            None => self.look(path),
+        }
+    }
+
+    fn look(&self, path: &Path) -> Option<(String, Labels)> {
+        labels_for(&self.docs, &facts(path), &self.host_labels)
+    }
+
+    /// Documents that disagree about a cgroup of this tree.
+    pub fn conflicts(&self) -> Vec<Problem> {
+        let mut problems: Vec<Problem> =
+            self.tree.keys().flat_map(|path| conflicts(&self.docs, &facts(path))).collect();
+        problems.dedup();
+        problems
     }
 
     /// Every workload, by path.
     pub fn workloads(&self) -> Vec<Workload> {
-        let found = self.tree.iter().filter_map(|(path, id)| {
-            let (name, labels) = self.named(path)?;
-            Some(Workload { name, cgroup: path.to_string_lossy().into_owned(), id: *id, labels })
+        let found = self.tree.iter().filter_map(|(path, node)| {
+            let (name, labels) = node.named.clone()?;
+            Some(Workload { name, cgroup: path.to_string_lossy().into_owned(), id: node.id, labels })
         });
         found.collect()
     }
@@ -113,10 +138,10 @@ impl Registry {
         let mut by_path: BTreeMap<&Path, CgroupEntry> = BTreeMap::new();
         let mut entries = BTreeMap::new();
         // In the order of paths a parent comes before its children.
-        for (path, id) in &self.tree {
-            let (identity, workload) = match self.named(path) {
+        for (path, Node { id, named }) in &self.tree {
+            let (identity, workload) = match named {
                 // The low half of a cgroup id is its inode number: unique among those that live.
-                Some((_, labels)) => (numbers.labels(&labels).0, *id as u32),
+                Some((_, labels)) => (numbers.labels(labels).0, *id as u32),
                 None => match path.parent().and_then(|p| by_path.get(p)) {
                     Some(parent) => (parent.identity, parent.workload),
                     None => (Identity::HOST.0, 0),
@@ -134,8 +159,8 @@ impl Registry {
     pub fn words(&self) -> BTreeMap<u64, (String, Option<String>)> {
         let mut owners: BTreeMap<&Path, Option<String>> = BTreeMap::new();
         let mut words = BTreeMap::new();
-        for (path, id) in &self.tree {
-            let own = self.named(path).map(|(name, _)| name);
+        for (path, Node { id, named }) in &self.tree {
+            let own = named.as_ref().map(|(name, _)| name.clone());
             let owner = own.or_else(|| path.parent().and_then(|p| owners.get(p)).cloned().flatten());
             let _ = owners.insert(path, owner.clone());
             let _ = words.insert(*id, (path.to_string_lossy().into_owned(), owner));
@@ -152,6 +177,10 @@ impl Registry {
     pub fn is_empty(&self) -> bool {
         self.tree.is_empty()
     }
+}
+
+fn facts(path: &Path) -> CgroupFacts {
+    CgroupFacts { path: path.to_string_lossy().into_owned(), unit: crate::host::cgroup::unit(path).map(str::to_owned) }
 }
 
 #[cfg(test)]

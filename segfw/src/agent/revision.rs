@@ -19,8 +19,6 @@ pub struct Candidate {
     pub files: Files,
     /// Digest of the files.
     pub digest: String,
-    /// Parsed.
-    pub documents: Vec<Document>,
     /// Names resolved.
     pub policy: HostPolicy,
     /// Compiled.
@@ -58,8 +56,9 @@ pub fn build(
         trial.set_documents(workload_documents(documents));
         Inventory { workloads: trial.known() }
     };
-    let (documents, policy, problems) = policy::read(&files, inventory, &HostSettings { monitor }, clock.wall);
-    let findings: Vec<Finding> = problems.iter().map(Finding::from).collect();
+    let (_, policy, problems) = policy::read(&files, inventory, &HostSettings { monitor }, clock.wall);
+    let mut findings: Vec<Finding> = problems.iter().map(Finding::from).collect();
+    findings.extend(trial.conflicts().iter().map(Finding::from));
     if problems.errors() != 0 {
         return Err(refuse("the policy has errors", findings));
     }
@@ -69,7 +68,7 @@ pub fn build(
     *numbers = next;
     *registry = trial;
     let digest = policy::digest(&files);
-    Ok(Candidate { files, digest, documents, policy, tables, warnings: findings })
+    Ok(Candidate { files, digest, policy, tables, warnings: findings })
 }
 
 /// What the agent keeps on disk. The numbers belong to the pinned maps: `maps` is the id of one of them.
@@ -115,8 +114,7 @@ impl Store {
         use std::io::Write;
         use std::os::unix::fs::OpenOptionsExt;
         let aside = self.path.with_extension("new");
-        let mut file =
-            std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
+        let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
         file.write_all(&serde_json::to_vec(saved)?)?;
         file.sync_all()?;
         std::fs::rename(&aside, &self.path)?;
@@ -156,7 +154,10 @@ mod tests {
         let bad = good.replace("labels:", "lables:");
         let refused = build(vec![("a.yaml".into(), bad)], &mut registry, &mut numbers, false, clock).err().unwrap();
         assert_eq!(refused.why, "the policy has errors");
-        assert!(refused.problems.iter().any(|p| p.help.as_deref().is_some_and(|h| h.contains("labels"))), "{refused:?}");
+        assert!(
+            refused.problems.iter().any(|p| p.help.as_deref().is_some_and(|h| h.contains("labels"))),
+            "{refused:?}"
+        );
         assert_eq!(before, (registry.label_sets(), numbers));
     }
 }

@@ -99,8 +99,7 @@ impl FromArgMatches for QueryArgs {
         let text = |name: &str| matches.get_one::<String>(name).cloned();
         let count = |name: &str| matches.get_one::<u32>(name).map(|n| *n as usize);
         Ok(Self {
-            filter: clauses(matches)
-                .map_err(|m| clap::Error::raw(clap::error::ErrorKind::ValueValidation, m))?,
+            filter: clauses(matches).map_err(|m| clap::Error::raw(clap::error::ErrorKind::ValueValidation, m))?,
             since: text("since"),
             until: text("until"),
             last: count("last"),

@@ -156,14 +156,31 @@ pub fn remove(pin_dir: &Path) -> std::io::Result<()> {
         return Ok(());
     }
     for layout in std::fs::read_dir(pin_dir)? {
-        let layout = layout?.path();
-        // Links first: a map without its pin lives on as long as an attached program uses it.
-        let mut entries: Vec<_> = std::fs::read_dir(&layout)?.collect::<Result<_, _>>()?;
-        entries.sort_by_key(|e| !e.file_name().to_string_lossy().starts_with("link-"));
-        for entry in entries {
-            std::fs::remove_file(entry.path())?;
-        }
-        std::fs::remove_dir(&layout)?;
+        remove_layout(&layout?.path())?;
     }
     std::fs::remove_dir(pin_dir)
+}
+
+/// Removes the programs and maps of other layouts, which an older or newer build left: to be called when this build's own
+/// programs are attached. Until then both judge, and what either refuses is refused. Returns what was removed.
+pub fn remove_other_layouts(pin_dir: &Path, keep: &Path) -> std::io::Result<Vec<std::path::PathBuf>> {
+    let mut removed = Vec::new();
+    for layout in std::fs::read_dir(pin_dir)? {
+        let layout = layout?.path();
+        if layout != keep {
+            remove_layout(&layout)?;
+            removed.push(layout);
+        }
+    }
+    Ok(removed)
+}
+
+fn remove_layout(layout: &Path) -> std::io::Result<()> {
+    // Links first: a map without its pin lives on as long as an attached program uses it.
+    let mut entries: Vec<_> = std::fs::read_dir(layout)?.collect::<Result<_, _>>()?;
+    entries.sort_by_key(|e| !e.file_name().to_string_lossy().starts_with("link-"));
+    for entry in entries {
+        std::fs::remove_file(entry.path())?;
+    }
+    std::fs::remove_dir(layout)
 }

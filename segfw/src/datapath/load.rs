@@ -49,7 +49,13 @@ pub fn layout_dir(pin_dir: &Path, abi: u32) -> PathBuf {
 impl Datapath {
     /// Opens or makes all maps below `pin_dir` and loads all programs. Nothing is attached yet.
     pub fn load(pin_dir: &Path) -> Result<Self, Error> {
-        let dir = layout_dir(pin_dir, ABI_VERSION);
+        Self::load_as(pin_dir, ABI_VERSION)
+    }
+
+    /// [`Datapath::load`] under another layout number, for tests of the change from one layout to the next.
+    #[doc(hidden)]
+    pub fn load_as(pin_dir: &Path, abi: u32) -> Result<Self, Error> {
+        let dir = layout_dir(pin_dir, abi);
         make_dir(pin_dir)?;
         make_dir(&dir)?;
         raise_memlock();

@@ -2,7 +2,9 @@
 //!
 //! What needs a second document to judge (is there such a segment?) is the business of `resolve`.
 
-use super::host_policy::{Labels, Members, OnRevoke, PortSpec, Position, Requirement, RuleAction, Schedule, Selector, Tier};
+use super::host_policy::{
+    Labels, Members, OnRevoke, PortSpec, Position, Requirement, RuleAction, Schedule, Selector, Tier,
+};
 use super::problem::{Fault, PROBLEMS_PER_FILE, Problem, nearest, quote};
 use super::selector::{LABEL_CHARS, check_key, check_value, is_word};
 use super::workload::Glob;
@@ -33,8 +35,12 @@ const TIERS: [(&str, Tier); 5] = [
     ("application", Tier::Application),
     ("baseline", Tier::Baseline),
 ];
-const ACTIONS: [(&str, RuleAction); 4] =
-    [("allow", RuleAction::Allow), ("deny", RuleAction::Deny), ("reject", RuleAction::Reject), ("pass", RuleAction::Pass)];
+const ACTIONS: [(&str, RuleAction); 4] = [
+    ("allow", RuleAction::Allow),
+    ("deny", RuleAction::Deny),
+    ("reject", RuleAction::Reject),
+    ("pass", RuleAction::Pass),
+];
 const MODES: [(&str, bool); 2] = [("enforce", false), ("monitor", true)];
 const DENY_ALLOW: [(&str, bool); 2] = [("deny", false), ("allow", true)];
 const LOGS: [(&str, bool); 2] = [("new", true), ("none", false)];
@@ -109,9 +115,15 @@ pub enum Matcher {
     /// The path of the cgroup from its root, beginning with `/`.
     Cgroup(Glob),
     /// At least one of the two is there.
-    Container { image: Option<Glob>, name: Option<Glob> },
+    Container {
+        image: Option<Glob>,
+        name: Option<Glob>,
+    },
     /// At least one of the two is there.
-    Pod { namespace: Option<String>, labels: Labels },
+    Pod {
+        namespace: Option<String>,
+        labels: Labels,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -247,8 +259,12 @@ pub fn parse(files: &[(String, String)]) -> (Vec<Document>, Vec<Problem>) {
 pub fn fuzz_yaml(data: &[u8]) {
     let text = String::from_utf8_lossy(data).into_owned();
     let (documents, problems) = parse(&[("fuzz.yaml".to_owned(), text)]);
-    let (policy, more) =
-        super::resolve::resolve(&documents, &super::Inventory::default(), &super::HostSettings::default(), Timestamp::UNIX_EPOCH);
+    let (policy, more) = super::resolve::resolve(
+        &documents,
+        &super::Inventory::default(),
+        &super::HostSettings::default(),
+        Timestamp::UNIX_EPOCH,
+    );
     let _ = super::Problems::new(problems.into_iter().chain(more).collect()).to_string();
     let _ = format!("{policy:?}");
 }
@@ -367,7 +383,8 @@ impl<'r> Reader<'r> {
                 continue;
             };
             if text.text == "<<" {
-                let _ = self.say(key, "merge keys (<<) are not supported", "what is in force must be written where it is");
+                let _ =
+                    self.say(key, "merge keys (<<) are not supported", "what is in force must be written where it is");
             } else if let Some(line) = seen.get(text.text.as_str()) {
                 let why = format!("it was given in line {line} already");
                 let _ = self.say(key, format!("duplicate key {}", quote(&text.text)), why);
@@ -406,14 +423,21 @@ impl<'r> Reader<'r> {
         let text = self.text(node, what, &format!("one of {known}"))?;
         let found = words.iter().find(|(w, _)| *w == text.text).map(|(_, value)| *value);
         if found.is_none() {
-            let near = nearest(&text.text, words.iter().map(|(w, _)| *w)).map(|w| format!("did you mean {}?", quote(w)));
+            let near =
+                nearest(&text.text, words.iter().map(|(w, _)| *w)).map(|w| format!("did you mean {}?", quote(w)));
             self.say(node, format!("unknown {what} {}", quote(&text.text)), format!("known: {known}")).help = near;
         }
         found
     }
 
     /// The word of an optional key: `None` only after a mistake.
-    fn word_or<T: Copy>(&mut self, fields: &Fields<'_>, key: &'static str, words: &[(&'static str, T)], default: T) -> Option<T> {
+    fn word_or<T: Copy>(
+        &mut self,
+        fields: &Fields<'_>,
+        key: &'static str,
+        words: &[(&'static str, T)],
+        default: T,
+    ) -> Option<T> {
         fields.get(key).map_or(Some(default), |node| self.word(node, key, words))
     }
 
@@ -428,14 +452,16 @@ impl<'r> Reader<'r> {
     }
 
     fn document(&mut self, root: &Node) -> Option<Document> {
-        const KINDS: [(&str, &str); 4] = [("Workload", "Workload"), ("Segment", "Segment"), ("Policy", "Policy"), ("Test", "Test")];
+        const KINDS: [(&str, &str); 4] =
+            [("Workload", "Workload"), ("Segment", "Segment"), ("Policy", "Policy"), ("Test", "Test")];
         let fields = self.fields(root, "a document", &["apiVersion", "kind", "metadata", "spec"])?;
         if let Some(node) = self.required(&fields, "apiVersion")
             && let Some(text) = self.text(node, "apiVersion", API_VERSION)
             && text.text != API_VERSION
         {
             let near = Some(format!("write {API_VERSION}"));
-            self.say(node, format!("unknown apiVersion {}", quote(&text.text)), "this program reads one version").help = near;
+            self.say(node, format!("unknown apiVersion {}", quote(&text.text)), "this program reads one version")
+                .help = near;
         }
         let kind = self.required(&fields, "kind").and_then(|node| self.word(node, "kind", &KINDS));
         let meta = self.required(&fields, "metadata").and_then(|node| self.metadata(node));
@@ -446,7 +472,11 @@ impl<'r> Reader<'r> {
             && RESERVED.contains(&meta.name.as_str())
         {
             let what = format!("the name {} is reserved", quote(&meta.name));
-            let _ = self.tell(Problem::error(meta.at.clone(), what, "any, world, host and unresolved have meanings of their own"));
+            let _ = self.tell(Problem::error(
+                meta.at.clone(),
+                what,
+                "any, world, host and unresolved have meanings of their own",
+            ));
         }
         // The body is read even where the name is wrong, so that its problems are told too.
         let meta_or = meta.clone().unwrap_or_else(|| Metadata {
@@ -468,7 +498,8 @@ impl<'r> Reader<'r> {
     fn metadata(&mut self, node: &Node) -> Option<Metadata> {
         let fields = self.fields(node, "metadata", &["name", "owner", "description", "labels"])?;
         let owner = fields.get("owner").and_then(|n| self.text(n, "owner", "text")).map(|t| t.text.clone());
-        let description = fields.get("description").and_then(|n| self.text(n, "description", "text")).map(|t| t.text.clone());
+        let description =
+            fields.get("description").and_then(|n| self.text(n, "description", "text")).map(|t| t.text.clone());
         let labels = fields.get("labels").and_then(|n| self.labels(n, "labels")).unwrap_or_default();
         let name = self.required(&fields, "name")?;
         Some(Metadata { at: name.at(self.file), name: self.name(name, "name")?, owner, description, labels })
@@ -527,7 +558,8 @@ impl<'r> Reader<'r> {
         let entries = self.entries(node, "select")?;
         if entries.is_empty() {
             if self.problems.len() == before {
-                self.say(node, "empty selector", "empty never means all").help = Some("write any in a rule for everybody".into());
+                self.say(node, "empty selector", "empty never means all").help =
+                    Some("write any in a rule for everybody".into());
             }
             return None;
         }
@@ -560,19 +592,25 @@ impl<'r> Reader<'r> {
         let text = &self.text(node, "an address", "a prefix such as 203.0.113.0/24")?.text;
         let net = text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
         let Some(net) = net else {
-            let _ = self.say(node, format!("bad prefix {}", quote(text)), "a prefix reads 203.0.113.0/24 or 2001:db8::/32");
+            let _ =
+                self.say(node, format!("bad prefix {}", quote(text)), "a prefix reads 203.0.113.0/24 or 2001:db8::/32");
             return None;
         };
         if let IpNet::V6(v6) = net
             && let Some(v4) = v6.addr().to_ipv4_mapped()
             && let Some(length) = v6.prefix_len().checked_sub(96)
         {
-            let problem = self.say(node, format!("the prefix {} is IPv4 in IPv6 clothes", quote(text)), "both are one address here");
+            let problem = self.say(
+                node,
+                format!("the prefix {} is IPv4 in IPv6 clothes", quote(text)),
+                "both are one address here",
+            );
             problem.help = Some(format!("write {v4}/{length}"));
             return None;
         }
         if net != net.trunc() {
-            let problem = self.say(node, format!("the prefix {} has host bits set", quote(text)), "it says two things at once");
+            let problem =
+                self.say(node, format!("the prefix {} has host bits set", quote(text)), "it says two things at once");
             problem.help = Some(format!("write {} or {}", net.trunc(), IpNet::from(net.addr())));
             return None;
         }
@@ -584,7 +622,11 @@ impl<'r> Reader<'r> {
         let matches = self.required(&fields, "match").and_then(|node| {
             let items = self.list(node, "match", "a list of matchers")?;
             if items.len() > MATCHERS {
-                let _ = self.say(node, format!("match has {} matchers", items.len()), format!("at most {MATCHERS} are allowed"));
+                let _ = self.say(
+                    node,
+                    format!("match has {} matchers", items.len()),
+                    format!("at most {MATCHERS} are allowed"),
+                );
                 return None;
             }
             let matches: Vec<_> = items.iter().filter_map(|item| self.matcher(item)).collect();
@@ -610,8 +652,12 @@ impl<'r> Reader<'r> {
                 let glob = self.glob(value, "cgroup", true)?;
                 if !glob.text.starts_with('/') {
                     let fix = format!("write {}", quote(&format!("/{}", glob.text)));
-                    self.say(value, format!("the cgroup {} does not begin with /", quote(&glob.text)), "paths are from the root of the cgroup tree").help =
-                        Some(fix);
+                    self.say(
+                        value,
+                        format!("the cgroup {} does not begin with /", quote(&glob.text)),
+                        "paths are from the root of the cgroup tree",
+                    )
+                    .help = Some(fix);
                     return None;
                 }
                 Matcher::Cgroup(glob)
@@ -624,8 +670,15 @@ impl<'r> Reader<'r> {
                     let _ = self.say(value, "container says nothing", "it has an image, a name, or both");
                     return None;
                 }
-                let _ = self.tell(Problem::warning(node.at(self.file), "the container matcher is not supported yet", later));
-                Matcher::Container { image: image.map_or(Some(None), |i| i.map(Some))?, name: name.map_or(Some(None), |n| n.map(Some))? }
+                let _ = self.tell(Problem::warning(
+                    node.at(self.file),
+                    "the container matcher is not supported yet",
+                    later,
+                ));
+                Matcher::Container {
+                    image: image.map_or(Some(None), |i| i.map(Some))?,
+                    name: name.map_or(Some(None), |n| n.map(Some))?,
+                }
             }
             _ => {
                 let fields = self.fields(value, "pod", &["namespace", "labels"])?;
@@ -636,7 +689,10 @@ impl<'r> Reader<'r> {
                     return None;
                 }
                 let _ = self.tell(Problem::warning(node.at(self.file), "the pod matcher is not supported yet", later));
-                Matcher::Pod { namespace: namespace.map_or(Some(None), |n| n.map(Some))?, labels: labels.unwrap_or(Some(Labels::new()))? }
+                Matcher::Pod {
+                    namespace: namespace.map_or(Some(None), |n| n.map(Some))?,
+                    labels: labels.unwrap_or(Some(Labels::new()))?,
+                }
             }
         };
         Some(At { value, at: node.at(self.file) })
@@ -657,16 +713,23 @@ impl<'r> Reader<'r> {
         let known = ["select", "addresses", "default", "mode", "whenUnresolved", "onRevoke", "grants"];
         let fields = self.fields(spec, "the spec of a Segment", &known)?;
         let members = match (fields.get("select"), fields.get("addresses")) {
-            (Some(node), None) => self.selector(node).map(|s| At { value: Members::Workloads(s), at: node.at(self.file) }),
+            (Some(node), None) => {
+                self.selector(node).map(|s| At { value: Members::Workloads(s), at: node.at(self.file) })
+            }
             (None, Some(node)) => {
                 for (key, _) in fields.entries.iter().filter(|(key, _)| *key != "addresses") {
                     let node = fields.get(key).unwrap_or(node);
-                    let _ = self.say(node, format!("{key} has no meaning here"), "nothing is enforced at peers that run no agent");
+                    let _ = self.say(
+                        node,
+                        format!("{key} has no meaning here"),
+                        "nothing is enforced at peers that run no agent",
+                    );
                 }
                 self.addresses(node).map(|a| At { value: Members::Addresses(a), at: node.at(self.file) })
             }
             (Some(_), Some(node)) => {
-                let _ = self.say(node, "a segment has select and addresses", "it is a set of workloads or of addresses");
+                let _ =
+                    self.say(node, "a segment has select and addresses", "it is a set of workloads or of addresses");
                 None
             }
             (None, None) => {
@@ -678,17 +741,29 @@ impl<'r> Reader<'r> {
         if let Some(node) = fields.get("default")
             && let Some(default) = self.fields(node, "default", &["ingress", "egress"])
         {
-            default_ingress_allow = self.word_or(&default, "ingress", &DENY_ALLOW, default_ingress_allow).unwrap_or_default();
-            default_egress_allow = self.word_or(&default, "egress", &DENY_ALLOW, default_egress_allow).unwrap_or_default();
+            default_ingress_allow =
+                self.word_or(&default, "ingress", &DENY_ALLOW, default_ingress_allow).unwrap_or_default();
+            default_egress_allow =
+                self.word_or(&default, "egress", &DENY_ALLOW, default_egress_allow).unwrap_or_default();
         }
         let monitor = self.word_or(&fields, "mode", &MODES, false).unwrap_or_default();
         let unresolved_allow = self.word_or(&fields, "whenUnresolved", &DENY_ALLOW, false).unwrap_or_default();
-        let on_revoke = fields.get("onRevoke").map_or(Some(OnRevoke::Cut), |n| self.on_revoke(n)).unwrap_or(OnRevoke::Cut);
+        let on_revoke =
+            fields.get("onRevoke").map_or(Some(OnRevoke::Cut), |n| self.on_revoke(n)).unwrap_or(OnRevoke::Cut);
         let grants = fields.get("grants").map_or(0, |node| {
             let items = self.list(node, "grants", "a list of socket types").unwrap_or_default();
             items.iter().filter_map(|item| self.word(item, "grant", &GRANTS)).fold(0, |all, bit| all | bit)
         });
-        Some(SegmentDoc { meta, members, default_ingress_allow, default_egress_allow, monitor, unresolved_allow, on_revoke, grants })
+        Some(SegmentDoc {
+            meta,
+            members,
+            default_ingress_allow,
+            default_egress_allow,
+            monitor,
+            unresolved_allow,
+            on_revoke,
+            grants,
+        })
     }
 
     fn on_revoke(&mut self, node: &Node) -> Option<OnRevoke> {
@@ -710,7 +785,8 @@ impl<'r> Reader<'r> {
                         Some("drain") => Some("write {drain: 10m}".to_owned()),
                         near => near.map(|w| format!("did you mean {}?", quote(w))),
                     };
-                    self.say(node, format!("unknown onRevoke {}", quote(other)), format!("known: {EXPECTED}")).help = near;
+                    self.say(node, format!("unknown onRevoke {}", quote(other)), format!("known: {EXPECTED}")).help =
+                        near;
                     None
                 }
             },
@@ -721,7 +797,11 @@ impl<'r> Reader<'r> {
         match seconds(text).filter(|s| (1..=DRAIN_S_MAX).contains(s)) {
             Some(s) => Some(OnRevoke::Drain(s * 1_000_000_000)),
             None => {
-                let _ = self.say(node, format!("bad duration {}", quote(text)), "a duration reads 90s, 10m, 1h30m, from 1s to 30d");
+                let _ = self.say(
+                    node,
+                    format!("bad duration {}", quote(text)),
+                    "a duration reads 90s, 10m, 1h30m, from 1s to 30d",
+                );
                 None
             }
         }
@@ -730,9 +810,11 @@ impl<'r> Reader<'r> {
     fn policy(&mut self, spec: &Node, meta: Metadata) -> Option<PolicyDoc> {
         let fields = self.fields(spec, "the spec of a Policy", &["tier", "priority", "mode", "rules"])?;
         let tier = self.word_or(&fields, "tier", &TIERS, Tier::Application).unwrap_or(Tier::Application);
-        let priority = fields.get("priority").map_or(Some(DEFAULT_PRIORITY), |n| self.priority(n)).unwrap_or(DEFAULT_PRIORITY);
+        let priority =
+            fields.get("priority").map_or(Some(DEFAULT_PRIORITY), |n| self.priority(n)).unwrap_or(DEFAULT_PRIORITY);
         let monitor = self.word_or(&fields, "mode", &MODES, false).unwrap_or_default();
-        let items = self.required(&fields, "rules").and_then(|n| self.list(n, "rules", "a list of rules")).unwrap_or_default();
+        let items =
+            self.required(&fields, "rules").and_then(|n| self.list(n, "rules", "a list of rules")).unwrap_or_default();
         let mut names: HashMap<String, u32> = HashMap::new();
         let mut rules = Vec::with_capacity(items.len());
         for (node, index) in items.iter().zip(0u32..) {
@@ -764,7 +846,11 @@ impl<'r> Reader<'r> {
         let plain = text.bytes().all(|b| b.is_ascii_digit()) && (text == "0" || !text.starts_with('0'));
         let number = text.parse::<u16>().ok().filter(|n| plain && *n <= LAST_PRIORITY);
         if number.is_none() {
-            let _ = self.say(node, format!("bad priority {}", quote(text)), "a priority is a number from 0 to 1000, lower first");
+            let _ = self.say(
+                node,
+                format!("bad priority {}", quote(text)),
+                "a priority is a number from 0 to 1000, lower first",
+            );
         }
         number
     }
@@ -773,12 +859,15 @@ impl<'r> Reader<'r> {
     fn rule(&mut self, node: &Node, index: u32) -> Option<(String, Option<RuleDoc>)> {
         let known = ["name", "from", "to", "ports", "action", "require", "expires", "schedule", "log"];
         let fields = self.fields(node, "a rule", &known)?;
-        let name = fields.get("name").map_or_else(|| Some(format!("rule-{}", index.saturating_add(1))), |n| self.name(n, "rule name"))?;
+        let name = fields
+            .get("name")
+            .map_or_else(|| Some(format!("rule-{}", index.saturating_add(1))), |n| self.name(n, "rule name"))?;
         let from = self.required(&fields, "from").and_then(|n| self.peers(n, "from"));
         let to = self.required(&fields, "to").and_then(|n| self.peers(n, "to"));
         let ports = fields.get("ports").map_or(Some(Vec::new()), |n| {
             let items = self.list(n, "ports", "a list such as [tcp/443]")?;
-            let ports: Vec<_> = items.iter().filter_map(|i| Some(At { value: self.port(i)?, at: i.at(self.file) })).collect();
+            let ports: Vec<_> =
+                items.iter().filter_map(|i| Some(At { value: self.port(i)?, at: i.at(self.file) })).collect();
             (ports.len() == items.len()).then_some(ports)
         });
         let action = self.required(&fields, "action").and_then(|n| self.word(n, "action", &ACTIONS));
@@ -815,7 +904,11 @@ impl<'r> Reader<'r> {
     fn require(&mut self, node: &Node, action: Option<RuleAction>) -> Option<Evidence> {
         let fields = self.fields(node, "require", &["identity", "posture"])?;
         if let Some(posture) = fields.get("posture") {
-            let _ = self.say(posture, "posture is not supported by this version", "a demand that nobody checks would be a false promise");
+            let _ = self.say(
+                posture,
+                "posture is not supported by this version",
+                "a demand that nobody checks would be a false promise",
+            );
         }
         let identity = fields.get("identity").map(|n| self.word(n, "identity", &IDENTITIES));
         if fields.entries.is_empty() {
@@ -832,9 +925,14 @@ impl<'r> Reader<'r> {
         match text.parse() {
             Ok(time) => Some(time),
             Err(_) => {
-                let problem = self.say(node, format!("bad time {}", quote(text)), "a time reads 2026-12-24T18:00:00Z or with an offset, +01:00 (RFC 3339)");
+                let problem = self.say(
+                    node,
+                    format!("bad time {}", quote(text)),
+                    "a time reads 2026-12-24T18:00:00Z or with an offset, +01:00 (RFC 3339)",
+                );
                 // The commonest slip: no zone at all.
-                problem.help = format!("{text}Z").parse::<Timestamp>().ok().map(|t| format!("write {t} if UTC was meant"));
+                problem.help =
+                    format!("{text}Z").parse::<Timestamp>().ok().map(|t| format!("write {t} if UTC was meant"));
                 None
             }
         }
@@ -878,7 +976,11 @@ impl<'r> Reader<'r> {
                 "unresolved" => PeerDoc::Unresolved,
                 _ if text.text.parse::<IpNet>().is_ok() || text.text.parse::<IpAddr>().is_ok() => {
                     let shown = quote(&text.text);
-                    let problem = self.say(node, format!("the peer {shown} is an address"), "a bare word is the name of a segment");
+                    let problem = self.say(
+                        node,
+                        format!("the peer {shown} is an address"),
+                        "a bare word is the name of a segment",
+                    );
                     problem.help = Some(format!("write {{addresses: [{}]}}", shown.trim_matches('"')));
                     return None;
                 }
@@ -890,7 +992,8 @@ impl<'r> Reader<'r> {
                     (Some(n), None) => self.selector(n).map(PeerDoc::Select),
                     (None, Some(n)) => self.addresses(n).map(PeerDoc::Addresses),
                     (Some(_), Some(_)) => {
-                        let _ = self.say(node, "a peer has select and addresses", "it has one of them; write two peers");
+                        let _ =
+                            self.say(node, "a peer has select and addresses", "it has one of them; write two peers");
                         None
                     }
                     (None, None) => {
@@ -924,7 +1027,9 @@ impl<'r> Reader<'r> {
         let allow = self.required(&fields, "expect").and_then(|n| self.word(n, "expect", &DENY_ALLOW));
         let by = match fields.get("by") {
             None => Some(None),
-            Some(n) => self.text(n, "by", "the name of a rule").map(|t| Some(At { value: t.text.clone(), at: n.at(self.file) })),
+            Some(n) => self
+                .text(n, "by", "the name of a rule")
+                .map(|t| Some(At { value: t.text.clone(), at: n.at(self.file) })),
         };
         Some(CaseDoc { from: from?, to: to?, port: port?, allow: allow?, by: by?, at: node.at(self.file) })
     }
@@ -951,7 +1056,8 @@ impl<'r> Reader<'r> {
                 let address = other.parse().ok().map(CaseEnd::Address);
                 if address.is_none() {
                     let why = "an end is {label: value, ...}, an address, world, host or unresolved";
-                    let near = nearest(other, ["world", "host", "unresolved"]).map(|w| format!("did you mean {}?", quote(w)));
+                    let near =
+                        nearest(other, ["world", "host", "unresolved"]).map(|w| format!("did you mean {}?", quote(w)));
                     self.say(node, format!("unknown end {}", quote(other)), why).help = near;
                 }
                 address

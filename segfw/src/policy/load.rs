@@ -98,7 +98,8 @@ impl Walk {
         }
         let mut bytes = Vec::new();
         // Read with a bound, since the size may change after it was asked for.
-        let _ = fs::File::open(path).map_err(about)?.take(FILE_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(about)?;
+        let _ =
+            fs::File::open(path).map_err(about)?.take(FILE_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(about)?;
         if bytes.len() > FILE_BYTES {
             return Err(LoadError::FileTooLarge { path: path.to_owned() });
         }
@@ -124,11 +125,14 @@ mod tests {
         let at = |name: &str| dir.path().join(name);
         fs::create_dir(at("sub")).unwrap();
         fs::create_dir(at("..data")).unwrap();
-        for (name, text) in [("b.yaml", "b"), ("a.yml", "a"), ("sub/c.yaml", "c"), ("..data/d.yaml", "d"), ("notes.txt", "n")] {
+        for (name, text) in
+            [("b.yaml", "b"), ("a.yml", "a"), ("sub/c.yaml", "c"), ("..data/d.yaml", "d"), ("notes.txt", "n")]
+        {
             fs::write(at(name), text).unwrap();
         }
         symlink(at("..data/d.yaml"), at("d.yaml")).unwrap();
-        let names = |dir: &Path| read_dir_recursive(dir).unwrap().into_iter().map(|(n, t)| n + "=" + &t).collect::<Vec<_>>();
+        let names =
+            |dir: &Path| read_dir_recursive(dir).unwrap().into_iter().map(|(n, t)| n + "=" + &t).collect::<Vec<_>>();
         assert_eq!(names(dir.path()), ["a.yml=a", "b.yaml=b", "d.yaml=d", "sub/c.yaml=c"]);
         assert_eq!(names(&at("b.yaml")), ["b.yaml=b"]);
     }
@@ -145,8 +149,14 @@ mod tests {
             error(&|d| fs::write(d.join("a.yaml"), b"ab\xff").unwrap()),
             "DIR/a.yaml: not UTF-8 (at byte 2); policies are UTF-8 text"
         );
-        assert_eq!(error(&|d| symlink(d, d.join("loop")).unwrap()), "DIR/loop: this folder was read already: a link leads back to it");
-        assert_eq!(error(&|d| symlink("nowhere", d.join("a.yaml")).unwrap()), "DIR/a.yaml: No such file or directory (os error 2)");
+        assert_eq!(
+            error(&|d| symlink(d, d.join("loop")).unwrap()),
+            "DIR/loop: this folder was read already: a link leads back to it"
+        );
+        assert_eq!(
+            error(&|d| symlink("nowhere", d.join("a.yaml")).unwrap()),
+            "DIR/a.yaml: No such file or directory (os error 2)"
+        );
         assert_eq!(
             error(&|d| fs::write(d.join("a.yaml"), vec![b' '; FILE_BYTES + 1]).unwrap()),
             "DIR/a.yaml: larger than 10485760 bytes"

@@ -56,7 +56,11 @@ pub fn parse(text: &str) -> Result<PortSpec, Fault> {
         None => (text, None),
     };
     let Some((_, proto)) = PROTOCOLS.iter().find(|(name, _)| *name == word) else {
-        let fault = Fault::new(0, format!("unknown protocol {}", quote(word)), "known: tcp, udp, icmp, icmpv6, sctp, udplite, dccp");
+        let fault = Fault::new(
+            0,
+            format!("unknown protocol {}", quote(word)),
+            "known: tcp, udp, icmp, icmpv6, sctp, udplite, dccp",
+        );
         // A bare number or range is nearly always meant for TCP.
         let digits = rest.is_none() && word.starts_with(|c: char| c.is_ascii_digit());
         return Err(if digits {
@@ -82,7 +86,11 @@ pub fn parse(text: &str) -> Result<PortSpec, Fault> {
                 Some((first, last)) => (port(first, offset)?, port(last, offset + first.len() + 1)?),
             };
             if first > last {
-                let fault = Fault::new(offset, format!("the port range {first}-{last} is turned round"), "the lower port comes first");
+                let fault = Fault::new(
+                    offset,
+                    format!("the port range {first}-{last} is turned round"),
+                    "the lower port comes first",
+                );
                 return Err(fault.help(format!("write {word}/{last}-{first}")));
             }
             Ok(PortSpec { proto, first, last })
@@ -142,7 +150,10 @@ pub fn show(spec: &PortSpec) -> String {
         }
     };
     let kind = first >> 8;
-    let name = names.iter().find(|(_, n)| u16::from(*n) == kind).map_or_else(|| kind.to_string(), |(name, _)| (*name).to_owned());
+    let name = names
+        .iter()
+        .find(|(_, n)| u16::from(*n) == kind)
+        .map_or_else(|| kind.to_string(), |(name, _)| (*name).to_owned());
     if first == last { format!("{word}/{name}/{}", first & 255) } else { format!("{word}/{name}") }
 }
 

@@ -219,7 +219,8 @@ mod tests {
 
     #[test]
     fn reads_like_a_compiler() {
-        let problem = Problem::error(at(3, 7), "unknown key \"prioritty\"", "a rule has other keys").meant(Some("priority"));
+        let problem =
+            Problem::error(at(3, 7), "unknown key \"prioritty\"", "a rule has other keys").meant(Some("priority"));
         assert_eq!(
             problem.to_string(),
             "a.yaml:3:7: error: unknown key \"prioritty\" (a rule has other keys)\n  help: did you mean \"priority\"?"

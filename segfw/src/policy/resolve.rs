@@ -55,7 +55,11 @@ pub fn resolve(
         budget: NEAR,
         problems: Told::default(),
     };
-    let mut policy = HostPolicy { segments: segments.iter().copied().map(segment).collect(), rules: Vec::new(), monitor: host.monitor };
+    let mut policy = HostPolicy {
+        segments: segments.iter().copied().map(segment).collect(),
+        rules: Vec::new(),
+        monitor: host.monitor,
+    };
     for doc in &policies {
         policy.rules.extend(doc.rules.iter().filter_map(|rule| work.rule(doc, rule)));
     }
@@ -64,7 +68,11 @@ pub fn resolve(
     for doc in &policies {
         if doc.monitor {
             let what = format!("the policy {} has only monitor rules", quote(&doc.meta.name));
-            work.problems.push(Problem::warning(doc.meta.at.clone(), what, "they are judged and logged, never enforced"));
+            work.problems.push(Problem::warning(
+                doc.meta.at.clone(),
+                what,
+                "they are judged and logged, never enforced",
+            ));
         }
         for expires in doc.rules.iter().filter_map(|r| r.expires.as_ref()).filter(|e| e.value <= now) {
             let what = format!("the rule expired at {}", expires.value);
@@ -109,7 +117,16 @@ fn precedence(r: &Rule) -> (Tier, u16, u8, &str, u32) {
 }
 
 fn segment(doc: &SegmentDoc) -> Segment {
-    let SegmentDoc { meta, members, default_ingress_allow, default_egress_allow, monitor, unresolved_allow, on_revoke, grants } = doc;
+    let SegmentDoc {
+        meta,
+        members,
+        default_ingress_allow,
+        default_egress_allow,
+        monitor,
+        unresolved_allow,
+        on_revoke,
+        grants,
+    } = doc;
     Segment {
         name: meta.name.clone(),
         owner: meta.owner.clone(),
@@ -251,12 +268,17 @@ fn ends(rule: &RuleDoc, segments: &[&SegmentDoc], index: &HashMap<&str, usize>, 
     let anybody = |peers: &[At<PeerDoc>]| peers.iter().any(|p| p.value == PeerDoc::Any || workload(p));
     if !anybody(&rule.from) && !anybody(&rule.to) {
         let what = format!("the rule {} is never enforced", quote(&rule.name));
-        problems.push(Problem::warning(rule.at.clone(), what, "no workload is at either end, and judgements are made at workloads"));
+        problems.push(Problem::warning(
+            rule.at.clone(),
+            what,
+            "no workload is at either end, and judgements are made at workloads",
+        ));
         return;
     }
     let icmp = rule.ports.iter().find(|p| matches!(p.value.proto, Proto::Icmp | Proto::Icmpv6));
     let Some(icmp) = icmp.filter(|_| anybody(&rule.to)) else { return };
-    const KERNEL: &str = "the kernel answers ICMP before any hook of a workload sees it, so only the sending end is judged";
+    const KERNEL: &str =
+        "the kernel answers ICMP before any hook of a workload sees it, so only the sending end is judged";
     let shown = super::ports::show(&icmp.value);
     if !rule.from.iter().any(workload) {
         let what = format!("{shown} of the rule {} cannot be enforced: no workload sends it", quote(&rule.name));
@@ -278,7 +300,9 @@ fn tests_name_rules(tests: &[&TestDoc], rules: &[Rule], problems: &mut Told) {
         budget = budget.saturating_sub(known.len());
         let near = if budget == 0 { None } else { nearest(&by.value, known.iter().map(String::as_str)) };
         let what = format!("rule {} is not defined", quote(&by.value));
-        problems.push(Problem::error(by.at.clone(), what, "by names the rule that must decide: rule or policy/rule").meant(near));
+        problems.push(
+            Problem::error(by.at.clone(), what, "by names the rule that must decide: rule or policy/rule").meant(near),
+        );
     }
 }
 
@@ -313,9 +337,7 @@ fn unmatched_selectors(
                 problems.push(no_more_advice(at, "selectors that match nothing"));
                 return;
             }
-            let answer = known
-                .unmatched(selector, &mut near)
-                .filter(|_| !together(selector, workloads, &mut spent));
+            let answer = known.unmatched(selector, &mut near).filter(|_| !together(selector, workloads, &mut spent));
             let _ = answers.insert(text.clone(), answer);
         }
         if let Some(Some((what, help))) = answers.get(&text) {
@@ -390,10 +412,7 @@ fn shadowed(policy: &HostPolicy, problems: &mut Told) {
 }
 
 fn always_decides(rule: &Rule) -> bool {
-    !rule.monitor
-        && rule.expires.is_none()
-        && rule.schedule.is_none()
-        && rule.require == Evidence::None
+    !rule.monitor && rule.expires.is_none() && rule.schedule.is_none() && rule.require == Evidence::None
 }
 
 /// Whether `early` matches whatever `late` matches, as far as the text shows it.

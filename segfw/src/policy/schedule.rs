@@ -32,7 +32,9 @@ pub fn parse(text: &str) -> Result<Schedule, Fault> {
         return Err(Fault::new(0, format!("bad schedule {}", quote(text)), FORM));
     };
     if zone_name.contains(':') || windows_text.trim_end().ends_with(';') {
-        return Err(Fault::new(offset(zone_name), "the schedule has no time zone", FORM).help("add a zone, such as UTC"));
+        return Err(
+            Fault::new(offset(zone_name), "the schedule has no time zone", FORM).help("add a zone, such as UTC")
+        );
     }
     let Ok(zone) = ZONES.get(zone_name) else {
         let what = format!("unknown time zone {}", quote(zone_name));
@@ -50,7 +52,8 @@ pub fn parse(text: &str) -> Result<Schedule, Fault> {
         };
         let (start, end) = (time(start_text, offset(start_text))?, time(end_text, offset(end_text))?);
         if start == end || start == DAY_S {
-            let fault = Fault::new(offset(times), format!("the window {} is empty", quote(times)), "it ends when it begins");
+            let fault =
+                Fault::new(offset(times), format!("the window {} is empty", quote(times)), "it ends when it begins");
             return Err(fault.help("a whole day is 00:00-24:00"));
         }
         for day in days(days_text, offset(days_text))? {
@@ -64,7 +67,11 @@ pub fn parse(text: &str) -> Result<Schedule, Fault> {
             }
         }
         if windows.len() > WINDOWS {
-            return Err(Fault::new(offset(part), "the schedule has too many windows", format!("at most {WINDOWS}, counted by day")));
+            return Err(Fault::new(
+                offset(part),
+                "the schedule has too many windows",
+                format!("at most {WINDOWS}, counted by day"),
+            ));
         }
     }
     windows.sort_unstable();
@@ -76,7 +83,8 @@ pub fn parse(text: &str) -> Result<Schedule, Fault> {
 fn time(text: &str, offset: usize) -> Result<u32, Fault> {
     let fault = || Fault::new(offset, format!("bad time {}", quote(text)), "a time reads HH:MM, from 00:00 to 24:00");
     let (hour, minute) = text.split_once(':').ok_or_else(fault)?;
-    let number = |s: &str| (s.len() == 2 && s.bytes().all(|b| b.is_ascii_digit())).then(|| s.parse::<u32>().ok()).flatten();
+    let number =
+        |s: &str| (s.len() == 2 && s.bytes().all(|b| b.is_ascii_digit())).then(|| s.parse::<u32>().ok()).flatten();
     match (number(hour), number(minute)) {
         (Some(h), Some(m)) if h < 24 && m < 60 || (h, m) == (24, 0) => Ok(h * 3600 + m * 60),
         _ => Err(fault()),
@@ -92,7 +100,11 @@ fn days(text: &str, offset: usize) -> Result<Vec<u8>, Fault> {
         match DAYS.iter().zip(1u8..).find(|(d, _)| d.eq_ignore_ascii_case(name)) {
             Some((_, n)) => Ok(n),
             None => {
-                let fault = Fault::new(offset, format!("unknown day {}", quote(name)), "Mon, Tue, Wed, Thu, Fri, Sat, Sun, or daily");
+                let fault = Fault::new(
+                    offset,
+                    format!("unknown day {}", quote(name)),
+                    "Mon, Tue, Wed, Thu, Fri, Sat, Sun, or daily",
+                );
                 let full = DAYS.iter().find(|d| name.get(..3).is_some_and(|n| n.eq_ignore_ascii_case(d)));
                 Err(fault.meant(full.copied().or_else(|| nearest(name, DAYS))))
             }
@@ -132,7 +144,12 @@ mod tests {
     fn faults_have_columns() {
         for (text, offset, what, help) in [
             ("Mon-Fri 08:00-18:00", 8, "the schedule has no time zone", Some("add a zone, such as UTC")),
-            ("Mon-Fri 08:00-18:00 Europe/Amstredam", 20, "unknown time zone \"Europe/Amstredam\"", Some("did you mean \"Europe/Amsterdam\"?")),
+            (
+                "Mon-Fri 08:00-18:00 Europe/Amstredam",
+                20,
+                "unknown time zone \"Europe/Amstredam\"",
+                Some("did you mean \"Europe/Amsterdam\"?"),
+            ),
             ("Mon-Fri 8:00-18:00 UTC", 8, "bad time \"8:00\"", None),
             ("Mon-Fri 08:00-24:01 UTC", 14, "bad time \"24:01\"", None),
             ("Monday 08:00-18:00 UTC", 0, "unknown day \"Monday\"", Some("did you mean \"Mon\"?")),

@@ -20,7 +20,9 @@ pub fn check_key(key: &str) -> Result<(), &'static str> {
         return Err("the prefix of a label key is a domain name of at most 253 characters");
     }
     if name.len() > LABEL_CHARS || !is_word(name) {
-        return Err("a label key has 1 to 63 letters, digits, '-', '_' or '.', and begins and ends with a letter or digit");
+        return Err(
+            "a label key has 1 to 63 letters, digits, '-', '_' or '.', and begins and ends with a letter or digit",
+        );
     }
     Ok(())
 }
@@ -52,7 +54,11 @@ pub fn parse(text: &str) -> Result<Selector, Fault> {
     loop {
         requirements.push(scan.requirement()?);
         if requirements.len() > REQUIREMENTS {
-            return Err(Fault::new(scan.next, "the selector is too long", format!("at most {REQUIREMENTS} requirements")));
+            return Err(Fault::new(
+                scan.next,
+                "the selector is too long",
+                format!("at most {REQUIREMENTS} requirements"),
+            ));
         }
         scan.space();
         match scan.peek() {
@@ -102,7 +108,11 @@ impl Scan {
         let (start, key) = self.word();
         if key.is_empty() {
             let found = self.peek().map_or("the end".to_owned(), |c| quote(&c.to_string()));
-            return Err(Fault::new(start, format!("expected a label key, found {found}"), "app=web, tier in (db, cache), !legacy"));
+            return Err(Fault::new(
+                start,
+                format!("expected a label key, found {found}"),
+                "app=web, tier in (db, cache), !legacy",
+            ));
         }
         match check_key(&key) {
             Ok(()) => Ok(key),
@@ -113,7 +123,11 @@ impl Scan {
     fn value(&mut self) -> Result<String, Fault> {
         let (start, value) = self.word();
         if value == "*" {
-            let fault = Fault::new(start, "\"*\" is not a value here", "in selector syntax the bare key means that the label is there");
+            let fault = Fault::new(
+                start,
+                "\"*\" is not a value here",
+                "in selector syntax the bare key means that the label is there",
+            );
             return Err(fault.help("write the key alone"));
         }
         match check_value(&value) {
@@ -141,7 +155,11 @@ impl Scan {
             }
             if !self.eat(",") {
                 let found = self.peek().map_or("the end".to_owned(), |c| quote(&c.to_string()));
-                return Err(Fault::new(self.next, format!("expected \",\" or \")\", found {found}"), "values are separated by commas"));
+                return Err(Fault::new(
+                    self.next,
+                    format!("expected \",\" or \")\", found {found}"),
+                    "values are separated by commas",
+                ));
             }
         }
     }
@@ -167,7 +185,8 @@ impl Scan {
             "in" => Ok(Requirement::In { key, values: self.values()? }),
             "notin" => Ok(Requirement::NotIn { key, values: self.values()? }),
             _ => {
-                let word = if operator.is_empty() { self.peek().map(String::from).unwrap_or_default() } else { operator };
+                let word =
+                    if operator.is_empty() { self.peek().map(String::from).unwrap_or_default() } else { operator };
                 let what = format!("unknown operator {}", quote(&word));
                 Err(Fault::new(start, what, "known: =, ==, !=, in, notin").meant(nearest(&word, ["in", "notin"])))
             }

@@ -849,12 +849,17 @@ fn the_example_means_what_it_says() {
     let db = &policy.segments[2];
     assert_eq!(db.owner.as_deref(), Some("team-payments"));
     assert!(!db.default_ingress_allow && db.default_egress_allow && db.monitor && db.unresolved_allow);
-    assert_eq!((db.on_revoke, db.grants), (OnRevoke::Drain(600_000_000_000), LocalEntry::GRANT_PING | LocalEntry::GRANT_SCTP));
+    assert_eq!(
+        (db.on_revoke, db.grants),
+        (OnRevoke::Drain(600_000_000_000), LocalEntry::GRANT_PING | LocalEntry::GRANT_SCTP)
+    );
     assert_eq!((db.at.line, db.at.column), (18, 18));
     let api = &policy.segments[1];
     assert!(!api.default_ingress_allow && api.default_egress_allow && !api.monitor && !api.unresolved_allow);
     assert_eq!((api.on_revoke, api.grants), (OnRevoke::Cut, 0));
-    assert!(matches!(&policy.segments[0].members, Members::Addresses(nets) if nets.len() == 3 && nets[2].prefix_len() == 32));
+    assert!(
+        matches!(&policy.segments[0].members, Members::Addresses(nets) if nets.len() == 3 && nets[2].prefix_len() == 32)
+    );
 
     let order: Vec<_> = policy.rules.iter().map(|r| (r.tier, r.name.as_str(), r.action)).collect();
     assert_eq!(
@@ -867,7 +872,9 @@ fn the_example_means_what_it_says() {
         ]
     );
     let rule = &policy.rules[3];
-    assert!(matches!(rule.from.as_slice(), [PeerSpec::Segment(1)]) && matches!(rule.to.as_slice(), [PeerSpec::Segment(2)]));
+    assert!(
+        matches!(rule.from.as_slice(), [PeerSpec::Segment(1)]) && matches!(rule.to.as_slice(), [PeerSpec::Segment(2)])
+    );
     assert_eq!((rule.require, rule.log, rule.ports.len()), (Evidence::Origin, false, 4));
     assert_eq!(rule.expires.unwrap().to_string(), "2026-12-24T17:00:00Z");
     assert_eq!(rule.schedule.as_ref().unwrap().windows.len(), 5);
@@ -907,14 +914,34 @@ fn hostile_input_is_refused_in_time() {
     let big = "x".repeat(yaml::SCALAR_BYTES);
     let mut wrong = Vec::new();
     for (name, text, expect) in [
-        ("billion laughs", lol(10), "a.yaml:5:25: error: the document is too large; the file is not read further (anchors"),
-        ("quadratic laughs", format!("a: &a {}\nb: [{}]\n", "y".repeat(60_000), "*a, ".repeat(100_000)), "a.yaml:2:69: error: the document is too large; the file is not read further (anchors"),
+        (
+            "billion laughs",
+            lol(10),
+            "a.yaml:5:25: error: the document is too large; the file is not read further (anchors",
+        ),
+        (
+            "quadratic laughs",
+            format!("a: &a {}\nb: [{}]\n", "y".repeat(60_000), "*a, ".repeat(100_000)),
+            "a.yaml:2:69: error: the document is too large; the file is not read further (anchors",
+        ),
         ("deep flow", "[".repeat(1 << 20), "a.yaml:1:65: error: this is not YAML ("),
         ("deep map", "{a: ".repeat(1 << 20), "a.yaml:1:257: error: this is not YAML ("),
-        ("deep block", (0..2_000).map(|i| format!("{}a:\n", " ".repeat(i))).collect(), "a.yaml:65:65: error: this is not YAML ("),
+        (
+            "deep block",
+            (0..2_000).map(|i| format!("{}a:\n", " ".repeat(i))).collect(),
+            "a.yaml:65:65: error: this is not YAML (",
+        ),
         ("deep lists", "- ".repeat(1 << 18), "a.yaml:1:129: error: this is not YAML ("),
-        ("deep alias", format!("a: &a {}{}\nb: {}*a{}\n", "[".repeat(40), "]".repeat(40), "[".repeat(40), "]".repeat(40)), "a.yaml:2:44: error: the document is too large; the file is not read further (an alias nests"),
-        ("long scalar", format!("a: {big}x\n"), "a.yaml:1:4: error: the document is too large; the file is not read further (a value of 65537 bytes"),
+        (
+            "deep alias",
+            format!("a: &a {}{}\nb: {}*a{}\n", "[".repeat(40), "]".repeat(40), "[".repeat(40), "]".repeat(40)),
+            "a.yaml:2:44: error: the document is too large; the file is not read further (an alias nests",
+        ),
+        (
+            "long scalar",
+            format!("a: {big}x\n"),
+            "a.yaml:1:4: error: the document is too large; the file is not read further (a value of 65537 bytes",
+        ),
         ("long file", " ".repeat(yaml::FILE_BYTES + 1), "a.yaml:1:1: error: the file has 10485761 bytes"),
         ("long list", format!("a: [{}]", "a,".repeat(5_000_000)), "a.yaml:1:"),
         ("many keys", (0..200_000).map(|i| format!("k{i}: v\n")).collect(), "a.yaml:1:1: error: unknown key"),
@@ -951,7 +978,9 @@ fn hostile_input_is_refused_in_time() {
 #[test]
 fn advice_has_a_bound() {
     const HEAD: &str = "apiVersion: segfw.dev/v1\nmetadata: {name: x}\nkind: Policy\nspec:\n  rules:\n";
-    let rules = |rule: &dyn Fn(usize) -> String, n: usize| HEAD.to_owned() + &(0..n).map(|i| format!("    - {{{}}}\n", rule(i))).collect::<String>();
+    let rules = |rule: &dyn Fn(usize) -> String, n: usize| {
+        HEAD.to_owned() + &(0..n).map(|i| format!("    - {{{}}}\n", rule(i))).collect::<String>()
+    };
     let long = "x".repeat(50);
     let segments: String = (0..5_000)
         .map(|i| format!("--- {{apiVersion: segfw.dev/v1, kind: Segment, metadata: {{name: {long}{i}}}, spec: {{select: {{k{i}: v}}}}}}\n"))
@@ -961,10 +990,34 @@ fn advice_has_a_bound() {
         .collect();
     for (name, text) in [
         ("shadows", rules(&|i| format!("from: [any], to: [any], ports: [tcp/{}], action: deny", i + 1), 20_000)),
-        ("passes", rules(&|i| format!("from: [any], to: [any], ports: [tcp/{}], action: {}", i + 1, if i % 2 == 0 { "pass" } else { "deny" }), 20_000)),
-        ("expiring", rules(&|_| "from: [any], to: [any], action: allow, expires: 2030-01-01T00:00:00Z".to_owned(), 20_000)),
-        ("unknown segments", segments.clone() + "---\n" + &rules(&|i| format!("from: [{long}y{i}], to: [any], action: deny"), 20_000)),
-        ("bad zones", rules(&|i| format!("from: [any], to: [any], action: allow, schedule: Mon 08:00-09:00 Europa/Amsterdan{i}"), 20_000)),
+        (
+            "passes",
+            rules(
+                &|i| {
+                    format!(
+                        "from: [any], to: [any], ports: [tcp/{}], action: {}",
+                        i + 1,
+                        if i % 2 == 0 { "pass" } else { "deny" }
+                    )
+                },
+                20_000,
+            ),
+        ),
+        (
+            "expiring",
+            rules(&|_| "from: [any], to: [any], action: allow, expires: 2030-01-01T00:00:00Z".to_owned(), 20_000),
+        ),
+        (
+            "unknown segments",
+            segments.clone() + "---\n" + &rules(&|i| format!("from: [{long}y{i}], to: [any], action: deny"), 20_000),
+        ),
+        (
+            "bad zones",
+            rules(
+                &|i| format!("from: [any], to: [any], action: allow, schedule: Mon 08:00-09:00 Europa/Amsterdan{i}"),
+                20_000,
+            ),
+        ),
         ("selectors", segments + &workloads),
     ] {
         let start = Instant::now();
@@ -990,7 +1043,8 @@ fn columns_count_characters() {
 
 #[test]
 fn all_files_together_have_a_bound() {
-    let files: Vec<_> = (0..8).map(|i| (format!("{i}.yaml"), format!("#{}", " ".repeat(yaml::FILE_BYTES - 1)))).collect();
+    let files: Vec<_> =
+        (0..8).map(|i| (format!("{i}.yaml"), format!("#{}", " ".repeat(yaml::FILE_BYTES - 1)))).collect();
     let said = whole(&files).1.to_string();
     assert!(said.starts_with("6.yaml:1:1: error: this file and those after it are not read"), "{said}");
 }
@@ -1000,7 +1054,11 @@ fn no_more_documents_than_the_bound() {
     let text: String = (0..=yaml::DOCUMENTS).map(|i| format!("--- {{apiVersion: segfw.dev/v1, kind: Segment, metadata: {{name: s{i}}}, spec: {{addresses: [10.0.0.0/8]}}}}\n")).collect();
     let (documents, problems) = parse(&file(&text));
     assert_eq!((documents.len(), problems.len()), (yaml::DOCUMENTS, 1));
-    assert!(problems[0].to_string().starts_with("a.yaml:65537:5: error: this document and those after it are not read"), "{}", problems[0]);
+    assert!(
+        problems[0].to_string().starts_with("a.yaml:65537:5: error: this document and those after it are not read"),
+        "{}",
+        problems[0]
+    );
 }
 
 /// Everything that ever failed, and what looks as if it might.

@@ -87,8 +87,18 @@ pub fn conflicts(docs: &[WorkloadDoc], facts: &CgroupFacts) -> Vec<Problem> {
             let (other, by) = *first.entry(key).or_insert((value, doc));
             if other != value {
                 let Position { file, line, column } = &by.meta.at;
-                let what = format!("{} and {} give {} different values of {}", by.meta.name, doc.meta.name, quote(&facts.path), quote(key));
-                let why = format!("{} from {file}:{line}:{column} is in force, not {}: the first name wins", quote(other), quote(value));
+                let what = format!(
+                    "{} and {} give {} different values of {}",
+                    by.meta.name,
+                    doc.meta.name,
+                    quote(&facts.path),
+                    quote(key)
+                );
+                let why = format!(
+                    "{} from {file}:{line}:{column} is in force, not {}: the first name wins",
+                    quote(other),
+                    quote(value)
+                );
                 problems.push(Problem::warning(doc.meta.at.clone(), what, why));
             }
         }
@@ -136,7 +146,9 @@ mod tests {
             .collect()
     }
     fn doc(name: &str, matcher: &str, labels: &str) -> String {
-        format!("---\n{{apiVersion: segfw.dev/v1, kind: Workload, metadata: {{name: {name}}}, spec: {{match: [{{{matcher}}}], labels: {{{labels}}}}}}}\n")
+        format!(
+            "---\n{{apiVersion: segfw.dev/v1, kind: Workload, metadata: {{name: {name}}}, spec: {{match: [{{{matcher}}}], labels: {{{labels}}}}}}}\n"
+        )
     }
 
     #[test]
@@ -161,11 +173,15 @@ mod tests {
 
     #[test]
     fn labels_merge_and_the_first_name_wins() {
-        let docs = docs(&(doc("b", r#"cgroup: "/x/*""#, "app: b, tier: db") + &doc("a", r#"cgroup: "/x/y""#, "app: a")));
+        let docs =
+            docs(&(doc("b", r#"cgroup: "/x/*""#, "app: b, tier: db") + &doc("a", r#"cgroup: "/x/y""#, "app: a")));
         let facts = CgroupFacts { path: "/x/y".into(), unit: None };
         let host = Labels::from([("zone".into(), "eu".into()), ("tier".into(), "host".into())]);
         let (name, labels) = labels_for(&docs, &facts, &host).unwrap();
-        assert_eq!((name.as_str(), crate::policy::tables::canonical(&labels)), ("a+b", "app=a,tier=db,zone=eu".to_owned()));
+        assert_eq!(
+            (name.as_str(), crate::policy::tables::canonical(&labels)),
+            ("a+b", "app=a,tier=db,zone=eu".to_owned())
+        );
         let told: Vec<_> = conflicts(&docs, &facts).iter().map(ToString::to_string).collect();
         expect_test::expect![[r#"w.yaml:2:61: warning: a and b give "/x/y" different values of "app" ("a" from w.yaml:4:61 is in force, not "b": the first name wins)"#]].assert_eq(&told.join("\n"));
     }

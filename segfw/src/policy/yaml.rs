@@ -129,7 +129,10 @@ pub fn read(file: &str, text: &str, problems: &mut Vec<Problem>, mut each: impl 
         };
         let Some((marker, why)) = fault else { continue };
         let tab = why.contains("tab").then(|| "indent with spaces: YAML takes no tabs there".to_owned());
-        problems.push(Problem { help: tab, ..Problem::error(at(marker.line(), marker.col() + 1), "this is not YAML", why) });
+        problems.push(Problem {
+            help: tab,
+            ..Problem::error(at(marker.line(), marker.col() + 1), "this is not YAML", why)
+        });
         syntax_errors += 1;
         tree = Tree::new(text);
         if syntax_errors >= SYNTAX_ERRORS || !parser.proceed_next_document().unwrap_or(false) {
@@ -203,7 +206,10 @@ impl<'t> Tree<'t> {
             value,
         };
         let leaf = Size { nodes: 1, bytes: 0, depth: 1 };
-        #[expect(clippy::wildcard_enum_match_arm, reason = "the enum is foreign and open; what is left carries no value")]
+        #[expect(
+            clippy::wildcard_enum_match_arm,
+            reason = "the enum is foreign and open; what is left carries no value"
+        )]
         match event {
             Event::DocumentStart(..) => *self = Self::new(self.text),
             Event::DocumentEnd => return Ok(self.root.take()),
@@ -254,12 +260,16 @@ impl<'t> Tree<'t> {
                 None => {
                     say(&span, "an alias stands inside the value it names".into(), "it would never end");
                     self.count(1)?;
-                self.close(node(Value::Broken), leaf, 0)?;
+                    self.close(node(Value::Broken), leaf, 0)?;
                 }
             },
             Event::UnresolvedAlias(name) => {
                 let what = format!("there is no anchor {}", quote(&format!("&{name}")));
-                say(&span, what, "an alias needs an anchor before it, in the same document; text that begins with * needs quotes");
+                say(
+                    &span,
+                    what,
+                    "an alias needs an anchor before it, in the same document; text that begins with * needs quotes",
+                );
                 self.count(1)?;
                 self.close(node(Value::Broken), leaf, 0)?;
             }

@@ -506,8 +506,16 @@ fn uring(entry: &io_uring::squeue::Entry) -> Result<c_int, c_int> {
     let mut ring = IoUring::new(4).map_err(os)?;
     // SAFETY: what the entry points to lives in the caller until this function returns.
     unsafe { ring.submission().push(entry) }.map_err(|_| libc::EBUSY)?;
-    ring.submit_and_wait(1).map_err(os)?;
-    let result = ring.completion().next().ok_or(libc::EIO)?.result();
+    // A SYN that is dropped in silence would keep the ring waiting for minutes. The kernel has copied the address by then,
+    // and closing the ring ends the request.
+    let patience = types::Timespec::new().nsec(700_000_000);
+    match ring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&patience)) {
+        Ok(_) => {}
+        Err(e) if e.raw_os_error() == Some(libc::ETIME) => return Err(libc::ETIMEDOUT),
+        Err(e) => return Err(os(e)),
+    }
+    // Having submitted something counts as success of the call, also where the wait ran out.
+    let result = ring.completion().next().ok_or(libc::ETIMEDOUT)?.result();
     if result < 0 { Err(-result) } else { Ok(result) }
 }
 

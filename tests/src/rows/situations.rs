@@ -447,9 +447,11 @@ fn moved_into_denied(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
 }
 
 /// A TCP socket that connects to itself: simultaneous open, no listener.
+/// Over loopback, where a workload may talk to itself: the socket meets itself on its own port.
 fn self_connect(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
     let mut own = Actor::spawn(&stage.world, "self", "managed/cli", "a")?;
-    let addr = SocketAddr::new(stage.address(shot, "a").ip(), shot.port + if shot.enforced { 1 } else { 2 });
+    let ip = if shot.family == Family::V6 { "::1".parse()? } else { Ipv4Addr::LOCALHOST.into() };
+    let addr = SocketAddr::new(ip, shot.port + if shot.enforced { 1 } else { 2 });
     let domain = domain_of(addr.ip());
     let h = own.must(&Cmd::Socket { domain, kind: libc::SOCK_STREAM, proto: 0 })?.h;
     own.must(&Cmd::Bind { h, addr: addr.to_string() })?;
