@@ -142,7 +142,9 @@ pub fn identify<T: Lookup + Peers>(t: &T, flow: &Flow) -> Peer {
     };
     match flow.direction {
         Direction::Ingress if Proto::from_ip(flow.protocol) as u8 == Proto::Tcp as u8 => {
-            if let Some(party) = t.origin(&origin_key(flow)) {
+            // Where several namespaces have the address, the tuple may be that of another one's connection.
+            let told_apart = !is_own || own.netns != 0;
+            if told_apart && let Some(party) = t.origin(&origin_key(flow)) {
                 return Peer {
                     identity: Identity(party.identity),
                     workload: party.workload,
@@ -163,8 +165,9 @@ pub fn identify<T: Lookup + Peers>(t: &T, flow: &Flow) -> Peer {
             }
         }
     }
-    if loopback && flow.local_port == flow.remote_port && flow.direction as u8 == Direction::Egress as u8 {
-        // A socket that connects to its own port meets itself: nobody else has that endpoint.
+    let itself = flow.local_addr.is_unspecified() || flow.local_addr == flow.remote_addr;
+    if loopback && itself && flow.local_port == flow.remote_port && flow.direction as u8 == Direction::Egress as u8 {
+        // A socket that connects to its own address and port meets itself: nobody else can have that endpoint.
         return Peer { identity: flow.local, workload: flow.workload, evidence: Evidence::Endpoint };
     }
     if loopback {
@@ -225,14 +228,29 @@ fn golden(flow: &Flow, peer: &Peer) -> bool {
     if flow.workload != 0 && flow.workload == peer.workload && flow.remote_addr.is_loopback() {
         return true;
     }
-    let proto = Proto::from_ip(flow.protocol) as u8;
-    // DHCP client (RFC 2131, 4.1) and DHCPv6 client (RFC 8415, 7.2).
-    if proto == Proto::Udp as u8 {
-        let (client, server) = (flow.local_port, flow.remote_port);
-        return if flow.remote_addr.is_v4() { client == 68 && server == 67 } else { client == 546 && server == 547 };
+    // DHCP client (RFC 2131, 4.1) and DHCPv6 client (RFC 8415, 7.2). The kernel's own neighbour discovery is not asked
+    // about at all: its sockets are no workload's (see the egress hook).
+    if Proto::from_ip(flow.protocol) as u8 != Proto::Udp as u8 {
+        return false;
     }
-    // Neighbour discovery (RFC 4861): types 133 to 137.
-    proto == Proto::Icmpv6 as u8 && matches!(flow.service() >> 8, 133..=137)
+    let (client, server) = (flow.local_port, flow.remote_port);
+    if flow.remote_addr.is_v4() { client == 68 && server == 67 } else { client == 546 && server == 547 }
+}
+
+/// Under which identity a local end is judged, and what is true of it; `None` = it is not enforced.
+///
+/// A workload that the tables do not know is one whose labels are newer than they are: it is judged as unresolved, so
+/// that neither order of "register the cgroup" and "switch the tables" opens a hole.
+#[inline(always)]
+pub fn standing<T: Lookup>(t: &T, identity: Identity) -> Option<(Identity, LocalEntry)> {
+    match t.local(identity) {
+        Some(local) if local.flags & LocalEntry::OPEN != 0 => None,
+        Some(local) => Some((identity, local)),
+        None if identity.0 >= Identity::FIRST_DYNAMIC => {
+            t.local(Identity::UNRESOLVED).map(|local| (Identity::UNRESOLVED, local))
+        }
+        None => None,
+    }
 }
 
 /// What the policy says. Total: every flow gets an answer and a reason.
@@ -241,13 +259,13 @@ pub fn decide<T: Lookup>(t: &T, flow: &Flow, peer: &Peer) -> Decision {
     if !t.has_policy() {
         return Decision::plain(Verdict::Allowed, Reason::NoPolicy);
     }
-    let Some(local) = t.local(flow.local) else {
+    let Some((identity, local)) = standing(t, flow.local) else {
         return Decision::plain(Verdict::Allowed, Reason::NoSegment);
     };
     if golden(flow, peer) {
         return Decision::plain(Verdict::Allowed, Reason::GoldenRule);
     }
-    let mut entry = match find(t, &local, flow, peer) {
+    let mut entry = match find(t, &local, identity, flow, peer) {
         Some(entry) => entry,
         None => RuleEntry {
             until: 0,
@@ -325,18 +343,13 @@ fn in_force<T: Lookup>(t: &T, first: RuleEntry) -> RuleEntry {
 
 /// The first of the four keys that has an entry; those that this identity never uses are not asked.
 #[inline(always)]
-fn find<T: Lookup>(t: &T, local: &LocalEntry, flow: &Flow, peer: &Peer) -> Option<RuleEntry> {
+fn find<T: Lookup>(t: &T, local: &LocalEntry, identity: Identity, flow: &Flow, peer: &Peer) -> Option<RuleEntry> {
     let proto = Proto::from_ip(flow.protocol);
     let has = |remote_any, class_any| local.flags & LocalEntry::level(flow.direction, remote_any, class_any) != 0;
     let port = if proto as u8 == Proto::Other as u8 { flow.protocol } else { flow.service() };
     let class = if has(false, false) || has(true, false) { t.class(proto, port) } else { CLASS_ANY };
-    let mut key = RuleKey {
-        local: flow.local,
-        remote: peer.identity,
-        class,
-        proto: proto as u8,
-        direction: flow.direction as u8,
-    };
+    let mut key =
+        RuleKey { local: identity, remote: peer.identity, class, proto: proto as u8, direction: flow.direction as u8 };
     if has(false, false)
         && let Some(entry) = t.rule(&key)
     {

@@ -305,8 +305,8 @@ pub struct DenialKey {
     pub reason: u8,
     /// [`Hook`].
     pub hook: u8,
-    /// Zero.
-    pub pad: u8,
+    /// 1 where a rule rejects: these got no answer.
+    pub reject: u8,
 }
 
 /// Denials that were counted instead of sent, per CPU.

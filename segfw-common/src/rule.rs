@@ -220,13 +220,13 @@ impl RuleEntry {
     }
 }
 
-/// What is true of one local identity as a whole. No entry = the identity is in no segment and not enforced.
+/// What is true of one local identity as a whole. A workload without an entry is one that these tables do not know yet.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct LocalEntry {
     /// How long a live connection that is no longer allowed goes on (nanoseconds): 0 = cut, `u64::MAX` = keep.
     pub drain_ns: u64,
-    /// `MONITOR`, and one bit per direction and kind of key that occurs (see [`LocalEntry::level`]).
+    /// `MONITOR`, `OPEN`, and one bit per direction and kind of key that occurs (see [`LocalEntry::level`]).
     pub flags: u32,
     /// Bits of `GRANT_*`: the socket types this identity may create besides TCP streams and UDP datagrams.
     pub grants: u32,
@@ -241,6 +241,8 @@ pub struct LocalEntry {
 impl LocalEntry {
     /// Judge, log as AUDIT, drop nothing.
     pub const MONITOR: u32 = 1;
+    /// The identity is known and in no segment: not enforced.
+    pub const OPEN: u32 = 2;
     /// ICMP and ICMPv6 datagram sockets ("ping sockets"), and raw sockets of these two protocols.
     pub const GRANT_PING: u32 = 1;
     /// Raw sockets of every protocol; each packet is judged at egress.

@@ -169,7 +169,7 @@ pub struct SocketState {
     pub evidence: u8,
     /// [`crate::Reason`] of the cached answer.
     pub reason: u8,
-    /// `REGISTERED`, `LOGGED`, `NO_LOG`, `CONNECTED`.
+    /// `REGISTERED`, `LOGGED`, `NO_LOG`, `CONNECTED`, `CREATED`.
     pub flags: u8,
     /// [`crate::Action`] of the shadow answer.
     pub pending: u8,
@@ -186,6 +186,8 @@ impl SocketState {
     pub const NO_LOG: u8 = 4;
     /// A datagram socket that was connected: its peer stays its peer, whomever else it writes to.
     pub const CONNECTED: u8 = 8;
+    /// A process made the socket, not the kernel for itself.
+    pub const CREATED: u8 = 16;
 
     /// The identity as a type.
     #[inline(always)]

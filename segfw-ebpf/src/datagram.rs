@@ -13,7 +13,7 @@ use crate::stream::{named, read};
 use aya_ebpf::bindings::{__sk_buff, BPF_F_CURRENT_NETNS, bpf_sock, bpf_sock_tuple};
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_sk_fullsock, bpf_sk_lookup_udp, bpf_sk_release};
 use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext};
-use segfw_common::decide::Peer;
+use segfw_common::decide::{Peer, standing};
 use segfw_common::event::Hook;
 use segfw_common::packet::Packet;
 use segfw_common::rule::ipproto;
@@ -41,7 +41,7 @@ pub fn refusal(j: &Judgement) -> Answer {
 /// A packet that cannot be read: refused where a policy is enforced, none of our business elsewhere.
 #[inline(always)]
 pub fn unreadable(kernel: &Kernel, state: &SocketState) -> Answer {
-    match kernel.local(state.local()) {
+    match standing(kernel, state.local()).map(|(_, local)| local) {
         Some(local) if !monitored(kernel, &local) => Answer::Refuse,
         Some(_) | None => Answer::Pass,
     }
@@ -70,6 +70,7 @@ pub fn create(ctx: &SockContext) -> Answer {
             state.cgroup = cgroup;
             state.identity = party.identity;
             state.workload = party.workload;
+            state.flags = SocketState::CREATED;
             true
         }
         None => false,
@@ -79,7 +80,7 @@ pub fn create(ctx: &SockContext) -> Answer {
     if ordinary && stored {
         return Answer::Pass;
     }
-    let Some(local) = kernel.local(Identity(party.identity)) else { return Answer::Pass };
+    let Some((_, local)) = standing(&kernel, Identity(party.identity)) else { return Answer::Pass };
     let reason = if !stored {
         Reason::NoMemory
     } else if local.grants & grant(kind, protocol) != 0 {
@@ -565,6 +566,13 @@ pub fn egress(ctx: &SkBuffContext) -> Answer {
     let mut packet = Packet::EMPTY;
     if !read(skb, &mut packet) {
         return unreadable(&kernel, state);
+    }
+    // Neighbour discovery (RFC 4861, types 133 to 137) of the kernel itself, from a control socket that no process made.
+    if state.flags & SocketState::CREATED == 0
+        && packet.protocol == ipproto::ICMPV6
+        && matches!(packet.destination_port >> 8, 133..=137)
+    {
+        return Answer::Pass;
     }
     // A raw socket may build any fragment it likes: one without ports cannot be judged.
     if packet.later_fragment {

@@ -41,7 +41,7 @@ pub fn report(about: &About, flow: &Flow, j: &Judgement) {
             direction: flow.direction as u8,
             reason: j.decision.reason as u8,
             hook: about.hook as u8,
-            pad: 0,
+            reject: j.decision.reject as u8,
         };
         count_denial(&key, time);
         return;

@@ -135,8 +135,8 @@ pub fn socket_state_or_new<'a>(sk: *mut c_void) -> Option<&'a mut SocketState> {
 #[inline(always)]
 pub fn count(index: u32) {
     if let Some(counter) = COUNTERS.get_ptr_mut(index) {
-        // SAFETY: this CPU's own slot.
-        unsafe { *counter += 1 }
+        // SAFETY: this CPU's own slot; but a softirq may count between our load and store, so it is one instruction.
+        add(unsafe { &mut *counter }, 1);
     }
 }
 
@@ -174,9 +174,9 @@ pub fn count_rule(rule: u32, verdict: u8) {
         // SAFETY: this CPU's own slot.
         let counts = unsafe { &mut *counts };
         match verdict {
-            1 => counts.allowed += 1,
-            2 => counts.denied += 1,
-            _ => counts.audit += 1,
+            1 => add(&mut counts.allowed, 1),
+            2 => add(&mut counts.denied, 1),
+            _ => add(&mut counts.audit, 1),
         }
     }
 }
@@ -194,7 +194,7 @@ pub fn count_denial(key: &DenialKey, now: u64) {
         Some(value) => {
             // SAFETY: this CPU's own slot.
             let value = unsafe { &mut *value };
-            value.count += 1;
+            add(&mut value.count, 1);
             value.last = now;
             count(Counter::DenialsAggregated as u32);
         }

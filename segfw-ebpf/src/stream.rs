@@ -117,14 +117,14 @@ pub fn connect(ctx: &SockAddrContext, v6: bool) -> Answer {
         remote_port = 128 << 8;
     }
     // SAFETY: `sk` is a socket pointer of the context.
-    let local_port = unsafe { (*sk).src_port as u16 };
+    let (local_addr, local_port) = unsafe { (source_addr(sk), (*sk).src_port as u16) };
     let mut flow = Flow {
         direction: Direction::Egress,
         protocol,
         local: Identity::UNRESOLVED,
         workload: 0,
         netns,
-        local_addr: Addr::UNSPECIFIED,
+        local_addr,
         remote_addr,
         local_port,
         remote_port,
@@ -163,7 +163,7 @@ pub fn connect(ctx: &SockAddrContext, v6: bool) -> Answer {
     }
     if datagram && j.decision.passes() {
         // SAFETY: as above.
-        unsafe { datagram::ensure_registered(state, source_addr(sk), (*sk).src_port as u16) };
+        datagram::ensure_registered(state, local_addr, local_port);
     }
     datagram::refusal(&j)
 }

@@ -96,6 +96,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
         proc::Bpffs::MountedNow => tracing::warn!("mounted a BPF file system at /sys/fs/bpf"),
         proc::Bpffs::Mounted => {}
     }
+    // Before the first reading, so that no change falls between the two.
+    let mut folder = Folder::new(&config.policy);
     let hierarchy = Hierarchy::find()?;
     let listener = Listener::bind(&config.socket)?;
     let mut datapath = Datapath::load(&config.pin_dir)?;
@@ -127,7 +129,6 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut denials = tokio::time::interval(DENIALS);
     denials.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut folder = Folder::new(&agent.core().config.policy);
     let mut survey_at = tokio::time::Instant::now() + SURVEY;
     tokio::pin!(shutdown);
     tokio::pin!(drain);
@@ -206,7 +207,7 @@ impl Folder {
         let mut stack = vec![(self.path.clone(), 0)];
         while let Some((path, depth)) = stack.pop() {
             let Ok(meta) = std::fs::metadata(&path) else { continue };
-            if meta.is_dir() && depth < 32 {
+            if meta.is_dir() && depth <= crate::policy::load::FOLDER_DEPTH {
                 for entry in std::fs::read_dir(&path).into_iter().flatten().flatten() {
                     stack.push((entry.path(), depth + 1));
                 }
@@ -359,8 +360,7 @@ impl Core {
             }
         };
         let mut numbers = self.saved.numbers.clone();
-        let mut registry = Registry::new(self.config.host_labels.clone());
-        registry.take_tree(&self.registry);
+        let mut registry = self.registry.clone();
         match revision::build(files, &mut registry, &mut numbers, self.config.monitor, clock) {
             Err(refused) => {
                 self.refuse(refused);
@@ -379,9 +379,9 @@ impl Core {
         }
     }
 
-    /// Plan, then apply. The order opens no hole: what narrows comes before what widens is not knowable in general, so the
-    /// tables are switched as a whole, registered cgroups first (a new identity has no rules in the old tables and falls
-    /// to its segment's default in the new ones), hooks last on a new host.
+    /// Plan, then apply. The order opens no hole and breaks nothing that old and new both allow: the new tables know the
+    /// label sets of before and after; they are switched as a whole, and only then do cgroups change hands. If the switch
+    /// fails nothing has changed. On a new host hooks come last.
     fn put_in_force(&mut self, candidate: Candidate, registry: Registry, numbers: Numbers) -> anyhow::Result<()> {
         let Candidate { files, digest, policy, tables, warnings: _ } = candidate;
         let digest_of_tables = tables.digest();
@@ -394,18 +394,20 @@ impl Core {
         let egress = needs_egress(&tables);
         let number = match &self.in_force {
             Some(f) if f.revision.digest == digest => f.revision.number,
-            None if self.saved.revision != 0 && crate::policy::digest(&self.saved.files) == digest => self.saved.revision,
+            None if self.saved.revision != 0 && crate::policy::digest(&self.saved.files) == digest => {
+                self.saved.revision
+            }
             Some(_) | None => self.saved.revision + 1,
         };
         // What numbers mean is known before anything can carry them.
         self.names.learn(&tables.identities, &tables.rule_names, &policy.segments);
-        self.registry = registry;
-        let relabelled = self.write_cgroups()?;
         if egress && self.attached {
             self.attach_egress()?;
         }
         let active = if same { self.datapath.active()? } else { self.datapath.publish(&tables)? };
-        let active = if same && relabelled { self.datapath.touch()? } else { active };
+        self.registry = registry;
+        let relabelled = self.write_cgroups()?;
+        let active = if relabelled { self.datapath.touch()? } else { active };
         let _ = self.names.revisions.insert(active.generation, number);
         self.publish_names();
         if !self.attached {
@@ -439,7 +441,8 @@ impl Core {
     /// Does the kernel hold these very tables already?
     fn holds(&self, digest: &[u8; 32]) -> anyhow::Result<bool> {
         let active = self.datapath.active()?;
-        Ok(active.generation != 0 && self.datapath.read_back(active.slot).is_ok_and(|tables| tables.digest() == *digest))
+        Ok(active.generation != 0
+            && self.datapath.read_back(active.slot).is_ok_and(|tables| tables.digest() == *digest))
     }
 
     fn save(&mut self) {
@@ -739,6 +742,9 @@ impl Core {
             Ok(all) => {
                 let intake = Intake::new(Arc::clone(&self.history));
                 for (key, count) in all {
+                    if key.reject != 0 {
+                        let _ = self.shared.unanswered.fetch_add(count.count, std::sync::atomic::Ordering::Relaxed);
+                    }
                     intake.take_denials(&key, &count, generation, &self.names);
                 }
             }

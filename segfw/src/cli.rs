@@ -85,7 +85,7 @@ const TOP_EXAMPLES: &str = "\
 Examples:
   segfw status                                         is this host protected, and by what?
   segfw flows -f --verdict DENIED                      what is refused right now?
-  segfw policy check policies/                         is the policy right?
+  segfw policy check /etc/segfw/policies               is the policy right?
   segfw policy explain app=web app=db tcp/5432         may web talk to db, and why?
 
 Exit codes: 0 yes or done, 1 no, 2 wrong usage or input, 3 the system could not do it.";
@@ -132,7 +132,7 @@ enum PolicyCommand {
     /// Read, resolve and compile policies; all problems at once. Changes nothing, needs no agent
     #[command(after_help = "\
 Examples:
-  segfw policy check policies/
+  segfw policy check /etc/segfw/policies
   segfw policy check --strict base/ team-a/            warnings are errors
   segfw policy check -o json policies/ | jq '.findings[]'
 

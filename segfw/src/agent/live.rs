@@ -5,7 +5,7 @@ use crate::datapath::Datapath;
 use crate::host::netns::{Namespace, Survey};
 use crate::host::sockdiag::{DestroyError, Diag, Sock, State};
 use crate::policy::{Tables, TablesView};
-use segfw_common::decide::Peer;
+use segfw_common::decide::{Peer, standing};
 use segfw_common::{
     Addr, AddressEntry, CgroupEntry, Decision, Direction, EndpointEntry, EndpointKey, Flow, Identity, LocalEntry,
     Lookup, OriginKey, Party, Peers, Proto, RuleEntry, RuleKey, decide, identify,
@@ -123,7 +123,7 @@ pub fn sweep(
             _ => sock.remote.port() != 0,
         };
         let Some((cgroup, entry)) = owner(cgroups, sock).filter(|_| connected) else { continue };
-        if view.local(Identity(entry.identity)).is_none() {
+        if standing(view, Identity(entry.identity)).is_none() {
             continue;
         }
         swept.judged += 1;

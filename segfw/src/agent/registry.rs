@@ -31,7 +31,7 @@ struct Node {
 }
 
 /// The tree, and what it means.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Registry {
     tree: BTreeMap<PathBuf, Node>,
     docs: Vec<WorkloadDoc>,

@@ -8,6 +8,7 @@ use crate::policy::tables::Numbers;
 use crate::policy::{self, HostPolicy, HostSettings, Inventory, Tables};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Files as they were read: name relative to the folder, and text.
@@ -63,7 +64,11 @@ pub fn build(
         return Err(refuse("the policy has errors", findings));
     }
     let mut next = numbers.clone();
-    let tables = compile(&policy, &trial.label_sets(), &[], &mut next, clock)
+    // The label sets of before too: a cgroup that changes hands is known under its old labels until it does.
+    let mut sets: BTreeSet<_> = trial.label_sets().into_iter().collect();
+    sets.extend(registry.label_sets());
+    let sets: Vec<_> = sets.into_iter().collect();
+    let tables = compile(&policy, &sets, &[], &mut next, clock)
         .map_err(|problems| refuse("the policy does not fit", problems.iter().map(Finding::from).collect()))?;
     *numbers = next;
     *registry = trial;

@@ -33,8 +33,8 @@ pub fn explain(
     policy_from: &str,
 ) -> Result<Explanation, String> {
     let mut notes = Vec::new();
-    let source = who(&question.from, policy, find)?;
-    let destination = who(&question.to, policy, find)?;
+    let source = who(&question.from, tables, policy, find, &mut notes)?;
+    let destination = who(&question.to, tables, policy, find, &mut notes)?;
     let tables = with_labels(tables, policy, [&source, &destination], view, &mut notes)?;
     for end in [&question.from, &question.to] {
         note_end(end, &tables, &mut notes);
@@ -111,9 +111,41 @@ pub fn not_known<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> St
     format!("{} is not known as a workload; {help}", quote(name))
 }
 
-fn who(end: &EndSpec, policy: &HostPolicy, find: &dyn Fn(&str) -> Option<Labels>) -> Result<Who, String> {
+/// The labels of the workload that was meant: a few of its labels are enough if they are nobody else's too.
+fn meant(labels: &Labels, tables: &Tables, notes: &mut Vec<String>) -> Result<Labels, String> {
+    let known: Vec<&Labels> = tables
+        .identities
+        .values()
+        .filter_map(|name| match name {
+            IdentityName::Labels(known) => Some(known),
+            IdentityName::Reserved(_) | IdentityName::Prefix(_) => None,
+        })
+        .filter(|known| labels.iter().all(|(key, value)| known.get(key) == Some(value)))
+        .collect();
+    match known.as_slice() {
+        _ if known.contains(&labels) => Ok(labels.clone()),
+        [] => Ok(labels.clone()),
+        [one] => {
+            notes.push(format!("{} was taken for {}", canonical(labels), canonical(one)));
+            Ok((*one).clone())
+        }
+        many => {
+            let listed: Vec<_> = many.iter().take(LISTED).map(|l| canonical(l)).collect();
+            let more = if many.len() > LISTED { " and more" } else { "" };
+            Err(format!("{} fits several workloads: {}{more}", canonical(labels), listed.join("; ")))
+        }
+    }
+}
+
+fn who(
+    end: &EndSpec,
+    tables: &Tables,
+    policy: &HostPolicy,
+    find: &dyn Fn(&str) -> Option<Labels>,
+    notes: &mut Vec<String>,
+) -> Result<Who, String> {
     Ok(match end {
-        EndSpec::Labels(labels) => Who::Labels(labels.clone()),
+        EndSpec::Labels(labels) => Who::Labels(meant(labels, tables, notes)?),
         EndSpec::Address(ip) => Who::Address(*ip),
         EndSpec::Range(net) => Who::Address(net.network().to_canonical()),
         EndSpec::World => Who::World,
@@ -329,9 +361,8 @@ fn judged_report(judged: Judged, direction: Direction, policy: &HostPolicy) -> E
             rule: w.rule.as_ref().map(report),
         }),
         on_revoke: (judged && !on_revoke.is_empty()).then_some(on_revoke),
-        // Of the golden rules only this one shows in a question; the others are about ports that it does not have.
-        golden: (reason == Reason::GoldenRule.into())
-            .then(|| "neighbour discovery (ICMPv6 types 133 to 137) is never denied".to_owned()),
+        // A question has neither a source port nor a workload of its own: those golden rules that depend on them are notes.
+        golden: (reason == Reason::GoldenRule.into()).then(|| "never denied, by construction".to_owned()),
     }
 }
 

@@ -19,12 +19,12 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 pub enum ClientError {
     /// No socket.
     #[error(
-        "no agent is running: {0} does not exist; start it with `systemctl start segfw` or `segfw agent --policy DIR`, or name its socket with --socket"
+        "no agent is running: {0} does not exist; start it with `segfw agent --policy DIR`, or name its socket with --socket"
     )]
     Absent(PathBuf),
     /// A socket without a listener.
     #[error(
-        "no agent is running: {0} was left behind by one that was killed (what it had loaded is still enforced); start it with `systemctl start segfw` or `segfw agent --policy DIR`"
+        "no agent is running: {0} was left behind by one that was killed (what it had loaded is still enforced); start it with `segfw agent --policy DIR`"
     )]
     Dead(PathBuf),
     /// Not root.

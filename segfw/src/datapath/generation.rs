@@ -67,13 +67,19 @@ impl Datapath {
         self.set_active(new)?;
         // A plain array write waits for nobody. Setting an outer slot again waits for a grace period: after it no program
         // that read the old word is still running, and the old slot can go.
-        sys::outer_set(self.map(OUTER[0])?, slot, inner[0].as_fd())
-            .map_err(|e| Error::sys("wait for programs in the old generation", e))?;
-        for other in (0..bounds::SLOTS).filter(|s| *s != slot) {
-            for name in OUTER {
-                sys::outer_clear(self.map(name)?, other)
-                    .map_err(|e| Error::sys(format!("empty slot {other} of {name}"), e))?;
+        // The new generation is in force by now, so nothing below may fail the call: what is not cleared costs memory, and
+        // the next publish comes by again.
+        match sys::outer_set(self.map(OUTER[0])?, slot, inner[0].as_fd()) {
+            Ok(()) => {
+                for other in (0..bounds::SLOTS).filter(|s| *s != slot) {
+                    for name in OUTER {
+                        if let Err(error) = sys::outer_clear(self.map(name)?, other) {
+                            tracing::warn!("slot {other} of {name} is not emptied: {error}");
+                        }
+                    }
+                }
             }
+            Err(error) => tracing::warn!("old generations are kept: {error}"),
         }
         Ok(new)
     }

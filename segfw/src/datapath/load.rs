@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/segfw-ebpf"));
 
 /// Maps that outlive the agent, by name.
-pub const PINNED_MAPS: [&str; 18] = [
+pub const PINNED_MAPS: [&str; 19] = [
     "CLASSES",
     "RULES",
     "TIMELINE",
@@ -31,6 +31,8 @@ pub const PINNED_MAPS: [&str; 18] = [
     "DENIALS",
     "SOCKETS",
     "PROBE",
+    // Numbers of events go on where the last agent's programs stopped.
+    "BUDGET",
 ];
 
 /// The programs and maps of this build in the kernel. Dropping it detaches nothing: links belong to their pins.

@@ -88,7 +88,7 @@ mod tests {
             direction: 0,
             reason: 2,
             hook: 4,
-            pad: 0,
+            reject: 0,
         };
         intake.take_denials(&key, &DenialCount { count: 0, last: 9 }, 3, &names);
         intake.take_denials(&key, &DenialCount { count: 4, last: 9 }, 3, &names);

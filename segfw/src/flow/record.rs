@@ -563,7 +563,7 @@ pub fn enrich(event: &FlowEvent, names: &Names) -> Record {
 /// Denials that the kernel counted instead of sending them: the count since the last look, of all CPUs together.
 /// The kernel keeps neither addresses nor the source port of these.
 pub fn enrich_denials(key: &DenialKey, total: &DenialCount, generation: u32, names: &Names) -> Record {
-    let DenialKey { local, remote, rule, port, protocol, direction, reason, hook, pad: _ } = *key;
+    let DenialKey { local, remote, rule, port, protocol, direction, reason, hook, reject: _ } = *key;
     let proto = Proto::from_ip(protocol);
     let service = proto.has_ports().then_some(port);
     let ingress = direction == Direction::Ingress as u8;
@@ -717,7 +717,7 @@ pub(crate) mod tests {
             direction: 0,
             reason: 1,
             hook: 4,
-            pad: 0,
+            reject: 0,
         };
         enrich_denials(&key, &DenialCount { count: 1200, last: 3_580_000_000_000 }, 3, &names())
     }

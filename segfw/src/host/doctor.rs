@@ -9,7 +9,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::{fmt, fs};
 
-/// The oldest kernel that this program is tested on.
+/// The oldest kernel this program is made for. (So far it is tested on 6.18 only.)
 pub const OLDEST_KERNEL: (u32, u32) = (5, 10);
 
 /// Watches one user may have before the cgroup watcher can be expected to run out: one per cgroup.

@@ -119,12 +119,13 @@ pub fn compile(
     }
     let nodes = Nodes::new(local, remote, &prefixes, numbers);
     tables.identities = nodes.names();
+    let here: Vec<Identity> = local.iter().map(|labels| numbers.labels(labels)).collect();
     let specs = Specs::new(policy, &nodes);
     let groups = Groups::new(&specs, nodes.all.len());
     let program = Program::new(policy, &specs, &groups, &nodes, numbers, clock);
     let (classes, ports) = program.port_classes()?;
     tables.classes = classes;
-    Emitter { policy, nodes: &nodes, groups: &groups, program: &program, ports: &ports, clock }.run(tables)
+    Emitter { policy, nodes: &nodes, groups: &groups, program: &program, ports: &ports, clock, here: &here }.run(tables)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -927,6 +928,8 @@ struct Emitter<'a> {
     program: &'a Program<'a>,
     ports: &'a [Ports],
     clock: Clock,
+    /// Label sets of this host.
+    here: &'a [Identity],
 }
 
 /// What grows while entries are emitted.
@@ -979,6 +982,13 @@ impl Emitter<'_> {
                 entry.flags |= local.flags;
                 entry.grants |= local.grants;
             }
+        }
+        // Known, and in no segment: that is said, since a workload the tables do not know at all is held to be unresolved.
+        for identity in self.here {
+            let _ = tables
+                .locals
+                .entry(*identity)
+                .or_insert(LocalEntry { flags: LocalEntry::OPEN, ..LocalEntry::default() });
         }
         self.check(&tables, &out)?;
         if let Some(horizon) = out.horizon {

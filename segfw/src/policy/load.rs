@@ -7,7 +7,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// Folders inside folders; also bounds what links can do.
-const FOLDER_DEPTH: usize = 16;
+pub const FOLDER_DEPTH: usize = 16;
 /// Entries of all folders together: a file for each document that is allowed, and as much again of other things.
 const ENTRIES: usize = 2 * DOCUMENTS;
 
