@@ -1434,7 +1434,9 @@ fn judge(rules: &[&Prepared], when: When, direction: Direction, fallback: Outcom
     }
 }
 
-#[cfg(test)]
-pub(crate) mod testing;
+#[doc(hidden)]
+pub mod random;
+#[doc(hidden)]
+pub mod testing;
 #[cfg(test)]
 mod tests;
