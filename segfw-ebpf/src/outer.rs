@@ -12,7 +12,7 @@ use segfw_common::decide::endpoint;
 use segfw_common::event::{Counter, Hook};
 use segfw_common::packet::{self, Bytes, Packet};
 use segfw_common::rule::ipproto;
-use segfw_common::{Direction, EventKind, Evidence, Flow, FlowKey, Identity, bounds};
+use segfw_common::{Direction, EventKind, Evidence, Flow, FlowKey, Identity, Peers, bounds};
 
 struct Frame(*mut xdp_md);
 
@@ -70,6 +70,12 @@ pub fn judge_frame(ctx: &XdpContext) -> Answer {
         _ => return Answer::Pass,
     }
     let kernel = Kernel::read();
+    // A wildcard listener has the port on every address of its namespace, and on no other: what is to be forwarded or
+    // bridged is somebody else's.
+    match kernel.address(&packet.destination) {
+        Some(entry) if entry.netns == netns => {}
+        Some(_) | None => return Answer::Pass,
+    }
     let Some(owner) = endpoint(&kernel, netns, &packet.destination, packet.protocol, packet.destination_port) else {
         return Answer::Pass;
     };

@@ -244,7 +244,7 @@ pub fn in_netns<T: Send>(name: &str, work: impl FnOnce() -> Result<T> + Send) ->
 
 /// Removes what runs that are dead have left. A run is dead when no process has the number in its names.
 pub fn sweep_stale() -> usize {
-    let mut swept = 0;
+    let mut swept = crate::scratch::sweep_stale();
     let mut visit = |folder: &Path, prefix: &str, end: &dyn Fn(&Path)| {
         for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
             let name = entry.file_name();

@@ -148,7 +148,13 @@ fn fill(tables: &Tables) -> Result<Vec<OwnedFd>, Error> {
     };
     let classes = make(sys::MAP_TYPE_ARRAY, 4, 65536 * 2, Proto::COUNT, hash, "CLASSES")?;
     for (proto, of_ports) in tables.classes.iter().enumerate() {
-        debug_assert_eq!(of_ports.len(), 65536);
+        // The kernel reads as much as the map's values hold, however long this is.
+        if of_ports.len() != 65536 {
+            return Err(Error::sys(
+                format!("{} classes of ports instead of 65536", of_ports.len()),
+                std::io::ErrorKind::InvalidInput.into(),
+            ));
+        }
         sys::map_update_slice(classes.as_fd(), &(proto as u32), of_ports).map_err(write("CLASSES"))?;
     }
     let n = entries(tables.rules.len());

@@ -2,7 +2,7 @@
 
 use super::{Datapath, Error, sys};
 use segfw_common::event::{Counter, DenialCount, DenialKey, RuleCount};
-use segfw_common::{Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, OriginKey, Party};
+use segfw_common::{Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, FlowKey, FlowValue, OriginKey, Party};
 use std::collections::BTreeMap;
 
 /// Counters of all CPUs, added up.
@@ -80,6 +80,26 @@ impl Datapath {
     /// Who opened a local connection.
     pub fn origin(&self, key: &OriginKey) -> Result<Option<Party>, Error> {
         sys::map_lookup(self.map("ORIGINS")?, key).map_err(|e| Error::sys("read ORIGINS", e))
+    }
+
+    /// Enters who opened a local connection; the hooks do this themselves.
+    pub fn set_origin(&self, key: &OriginKey, party: &Party) -> Result<(), Error> {
+        sys::map_update(self.map("ORIGINS")?, key, party).map_err(|e| Error::sys("enter an origin", e))
+    }
+
+    /// Forgets who opened a local connection.
+    pub fn remove_origin(&self, key: &OriginKey) -> Result<bool, Error> {
+        sys::map_delete(self.map("ORIGINS")?, key).map_err(|e| Error::sys("forget an origin", e))
+    }
+
+    /// Enters a datagram flow; the hooks do this themselves.
+    pub fn set_flow(&self, key: &FlowKey, value: &FlowValue) -> Result<(), Error> {
+        sys::map_update(self.map("FLOWS")?, key, value).map_err(|e| Error::sys("enter a flow", e))
+    }
+
+    /// Forgets a datagram flow.
+    pub fn remove_flow(&self, key: &FlowKey) -> Result<bool, Error> {
+        sys::map_delete(self.map("FLOWS")?, key).map_err(|e| Error::sys("forget a flow", e))
     }
 
     /// Tells XDP which network namespace an interface is in.

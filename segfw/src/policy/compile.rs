@@ -1444,7 +1444,9 @@ fn judge(rules: &[&Prepared], when: When, direction: Direction, fallback: Outcom
     }
 }
 
-#[cfg(test)]
-pub(crate) mod testing;
+#[doc(hidden)]
+pub mod random;
+#[doc(hidden)]
+pub mod testing;
 #[cfg(test)]
 mod tests;

@@ -1,14 +1,15 @@
 //! A small language for policies in tests.
+#![allow(clippy::unwrap_used, reason = "only tests call it")]
 
 use super::super::host_policy::Segment;
 use super::*;
 
 /// `app=web,tier=api`; `""` = none.
-pub(crate) fn labels(text: &str) -> Labels {
+pub fn labels(text: &str) -> Labels {
     text.split(',').filter_map(|kv| kv.split_once('=')).map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
 }
 
-pub(crate) fn segment(name: &str, select: &str) -> Segment {
+pub fn segment(name: &str, select: &str) -> Segment {
     let requirement = |(key, value): (String, String)| Requirement::In { key, values: vec![value] };
     Segment {
         name: name.into(),
@@ -24,14 +25,14 @@ pub(crate) fn segment(name: &str, select: &str) -> Segment {
     }
 }
 
-pub(crate) fn port(text: &str) -> PortSpec {
+pub fn port(text: &str) -> PortSpec {
     let (proto, ports) = text.split_once('/').unwrap();
     let proto = *Proto::ALL.iter().find(|p| p.as_str() == proto).unwrap();
     let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
     PortSpec { proto, first: first.parse().unwrap(), last: last.parse().unwrap() }
 }
 
-pub(crate) fn peer(policy: &HostPolicy, text: &str) -> PeerSpec {
+pub fn peer(policy: &HostPolicy, text: &str) -> PeerSpec {
     match text {
         "any" => PeerSpec::Any,
         "world" => PeerSpec::World,
@@ -45,7 +46,7 @@ pub(crate) fn peer(policy: &HostPolicy, text: &str) -> PeerSpec {
 }
 
 /// `allow web -> db,10.0.0.0/8 tcp/5432 udp/53 tier=baseline monitor quiet until=<time>`; segments must exist.
-pub(crate) fn rule(policy: &mut HostPolicy, text: &str) {
+pub fn rule(policy: &mut HostPolicy, text: &str) {
     let mut words = text.split_whitespace();
     let action = match words.next().unwrap() {
         "allow" => RuleAction::Allow,
@@ -93,7 +94,7 @@ pub(crate) fn rule(policy: &mut HostPolicy, text: &str) {
 }
 
 /// Segments `web` and `db` by label `app`, and these rules.
-pub(crate) fn policy(rules: &[&str]) -> HostPolicy {
+pub fn policy(rules: &[&str]) -> HostPolicy {
     let mut policy =
         HostPolicy { segments: vec![segment("web", "app=web"), segment("db", "app=db")], ..Default::default() };
     for text in rules {
@@ -102,9 +103,9 @@ pub(crate) fn policy(rules: &[&str]) -> HostPolicy {
     policy
 }
 
-pub(crate) const WALL: &str = "2026-11-02T09:00:00Z";
-pub(crate) const BOOT: u64 = 5_000_000_000;
+pub const WALL: &str = "2026-11-02T09:00:00Z";
+pub const BOOT: u64 = 5_000_000_000;
 
-pub(crate) fn clock() -> Clock {
+pub fn clock() -> Clock {
     Clock { wall: WALL.parse().unwrap(), boot_ns: BOOT }
 }
