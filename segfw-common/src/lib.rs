@@ -43,6 +43,9 @@ pub mod bounds {
     /// Cgroups that are registered (workloads, their descendants, managed parents). Full: the workload is not
     /// enforced under its own name but as its nearest registered ancestor, and the agent reports it.
     pub const CGROUPS: u32 = 1 << 16;
+    /// Paths of workloads that are known before they start. Full: the workload counts as host until the agent sees it, and
+    /// the agent reports it.
+    pub const PATHS: u32 = 1 << 13;
     /// Cgroup levels walked to find the nearest registered ancestor.
     pub const CGROUP_DEPTH: u32 = 16;
     /// Local TCP connections whose origin is known. LRU: the oldest is forgotten, its SYN is long gone.

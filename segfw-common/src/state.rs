@@ -21,6 +21,32 @@ impl CgroupEntry {
     pub const MANAGED: u32 = 1;
 }
 
+/// Key of the table of workload paths: a path from the root of the cgroup v2 hierarchy, zero-filled.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct PathKey {
+    /// Ends with at least one zero.
+    pub bytes: [u8; Self::LEN],
+}
+
+impl PathKey {
+    /// Room for a path and its final zero: a quarter of a BPF stack. Units fit; containers have longer paths, which are
+    /// new with each start and so cannot be known before anyway.
+    pub const LEN: usize = 128;
+
+    /// `None` = the path is too long (126 bytes are not: one more than fits would look like a cut-off one).
+    pub fn new(path: &[u8]) -> Option<Self> {
+        let mut bytes = [0; Self::LEN];
+        if path.len() > Self::LEN - 2 {
+            return None;
+        }
+        for (to, from) in bytes.iter_mut().zip(path) {
+            *to = *from;
+        }
+        Some(Self { bytes })
+    }
+}
+
 /// One end of a flow: which labels, which cgroup tree.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -218,6 +244,7 @@ mod pod {
     }
     pod!(
         CgroupEntry,
+        PathKey,
         Party,
         AddressEntry,
         EndpointKey,

@@ -6,6 +6,7 @@
 #![allow(unreachable_pub, reason = "modules of one binary: nothing is reachable from outside")]
 #![expect(internal_features, reason = "core::sync::atomic has no read-modify-write on bpfel-unknown-none")]
 
+mod cgroups;
 mod datagram;
 mod emit;
 mod judge;
@@ -17,8 +18,8 @@ mod stream;
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
 use aya_ebpf::helpers::generated::bpf_set_retval;
-use aya_ebpf::macros::{cgroup_skb, cgroup_sock, cgroup_sock_addr, sock_ops, xdp};
-use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext, SockOpsContext, XdpContext};
+use aya_ebpf::macros::{cgroup_skb, cgroup_sock, cgroup_sock_addr, sock_ops, tracepoint, xdp};
+use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext, SockOpsContext, TracePointContext, XdpContext};
 
 /// What a hook wants done; why is in the event it sent.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -53,6 +54,13 @@ fn syscall_verdict(answer: Answer) -> i32 {
         let _ = unsafe { bpf_set_retval(-ECONNREFUSED) };
     }
     cgroup_verdict(answer)
+}
+
+/// A cgroup is being made: is it a workload by its path?
+#[tracepoint(category = "cgroup", name = "cgroup_mkdir")]
+fn cgroup_made(ctx: TracePointContext) -> u32 {
+    cgroups::made(&ctx);
+    0
 }
 
 /// Every socket a process makes: who is it, and is it a type its segment may have?

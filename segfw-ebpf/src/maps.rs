@@ -11,6 +11,7 @@ use aya_ebpf::maps::lpm_trie::Key;
 use core::ffi::c_void;
 use segfw_common::event::{Counter, DenialCount, DenialKey, RuleCount};
 use segfw_common::rule::Proto;
+use segfw_common::state::PathKey;
 use segfw_common::{
     Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, FlowEvent, FlowKey, FlowValue, Identity, LocalEntry,
     Lookup, OriginKey, Party, Peers, RuleEntry, RuleKey, SocketState, bounds, control,
@@ -41,7 +42,10 @@ static PREFIXES: ArrayOfMaps<LpmTrie<Addr, u32, 1, { RDONLY_PROG | NO_PREALLOC }
 #[btf_map]
 static CONTROL: Array<u64, { control::LEN as usize }, RDONLY_PROG> = Array::new();
 #[btf_map]
-static CGROUPS: HashMap<u64, CgroupEntry, { bounds::CGROUPS as usize }, { RDONLY_PROG | NO_PREALLOC }> = HashMap::new();
+static CGROUPS: HashMap<u64, CgroupEntry, { bounds::CGROUPS as usize }, NO_PREALLOC> = HashMap::new();
+/// What a cgroup of this path will be, should it be made.
+#[btf_map]
+static PATHS: HashMap<PathKey, CgroupEntry, { bounds::PATHS as usize }, { RDONLY_PROG | NO_PREALLOC }> = HashMap::new();
 #[btf_map]
 static ADDRESSES: HashMap<Addr, AddressEntry, { bounds::ADDRESSES as usize }, { RDONLY_PROG | NO_PREALLOC }> =
     HashMap::new();
@@ -207,6 +211,17 @@ pub fn count_denial(key: &DenialKey, now: u64) {
 pub fn cgroup(id: u64) -> Option<CgroupEntry> {
     // SAFETY: the value is copied at once; entries are freed after a grace period (NO_PREALLOC).
     unsafe { CGROUPS.get(&id).copied() }
+}
+
+/// Registers a new cgroup as what the agent said a cgroup of this path would be.
+#[inline(always)]
+pub fn register_cgroup(path: &PathKey, id: u64) {
+    // SAFETY: copied at once; entries are freed after a grace period (NO_PREALLOC).
+    if let Some(entry) = unsafe { PATHS.get(path).copied() } {
+        // The low half of a cgroup id is its inode number: unique among those that live.
+        let entry = CgroupEntry { workload: id as u32, ..entry };
+        let _ = CGROUPS.insert(&id, &entry, 0);
+    }
 }
 
 #[inline(always)]

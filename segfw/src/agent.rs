@@ -27,6 +27,7 @@ use live::{Swept, View};
 use registry::Registry;
 use revision::{Candidate, Files, Saved, Store};
 use segfw_common::event::Hook;
+use segfw_common::state::PathKey;
 use segfw_common::{Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, EventKind, FlowEvent, control};
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -64,6 +65,9 @@ pub struct Core {
     registry: Registry,
     /// As written to the kernel.
     cgroups: BTreeMap<u64, CgroupEntry>,
+    paths: BTreeMap<PathKey, CgroupEntry>,
+    /// Registered in the kernel and not in the tree, at the last survey.
+    strays: BTreeSet<u64>,
     addresses: BTreeMap<Addr, AddressEntry>,
     in_force: Option<InForce>,
     refused: Option<Refused>,
@@ -98,6 +102,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
     }
     // Before the first reading, so that no change falls between the two.
     let mut folder = Folder::new(&config.policy);
+    if proc::ensure_tracefs() {
+        tracing::warn!("mounted tracefs at /sys/kernel/tracing");
+    }
     let hierarchy = Hierarchy::find()?;
     let listener = Listener::bind(&config.socket)?;
     let mut datapath = Datapath::load(&config.pin_dir)?;
@@ -280,6 +287,8 @@ impl Core {
             store,
             saved,
             cgroups: BTreeMap::new(),
+            paths: BTreeMap::new(),
+            strays: BTreeSet::new(),
             addresses: BTreeMap::new(),
             in_force: None,
             refused: None,
@@ -293,6 +302,7 @@ impl Core {
         // What an earlier agent registered is what the kernel holds.
         core.cgroups = core.datapath.cgroups()?.into_iter().collect();
         core.addresses = core.datapath.addresses()?.into_iter().collect();
+        core.paths = core.datapath.paths()?.into_iter().collect();
         core.set_flags()?;
         let tree: Vec<Change> =
             core.hierarchy.scan()?.into_iter().map(|(path, id)| Change::Appeared { path, id }).collect();
@@ -503,6 +513,7 @@ impl Core {
                 }
             }
         }
+        full += self.write_paths()?;
         let gone: Vec<u64> = self.cgroups.keys().filter(|id| !want.contains_key(id)).copied().collect();
         for id in gone {
             let _ = self.datapath.remove_cgroup(id)?;
@@ -520,6 +531,38 @@ impl Core {
         Ok(relabelled)
     }
 
+    /// Makes the table of paths equal to ours. Returns how many did not fit.
+    fn write_paths(&mut self) -> anyhow::Result<usize> {
+        let want = self.registry.paths(&mut self.saved.numbers);
+        for path in self.paths.keys().filter(|p| !want.contains_key(p)) {
+            let _ = self.datapath.remove_path(path)?;
+        }
+        let mut full = 0;
+        for (path, entry) in &want {
+            if self.paths.get(path) != Some(entry)
+                && let Err(error) = self.datapath.set_path(path, entry)
+            {
+                full += 1;
+                tracing::error!("{error}");
+            }
+        }
+        self.paths = want;
+        Ok(full)
+    }
+
+    /// Takes cgroups out of the registry that the kernel entered and that were gone before we saw them. One that was
+    /// missing in the tree at two surveys is gone.
+    fn forget_strays(&mut self) -> anyhow::Result<()> {
+        let known = self.datapath.cgroups()?;
+        let strays: BTreeSet<u64> =
+            known.into_iter().map(|(id, _)| id).filter(|id| !self.cgroups.contains_key(id)).collect();
+        for id in strays.intersection(&self.strays) {
+            let _ = self.datapath.remove_cgroup(*id)?;
+        }
+        self.strays = strays;
+        Ok(())
+    }
+
     fn attach(&mut self) -> anyhow::Result<()> {
         let root = std::fs::File::open(&self.config.cgroup_root)
             .with_context(|| format!("cannot open {}", self.config.cgroup_root.display()))?;
@@ -534,6 +577,14 @@ impl Core {
             let _ = self.datapath.attach_xdp(&interface)?;
         }
         self.attached = true;
+        match self.datapath.attach_cgroup_made() {
+            Ok(()) => {
+                let _ = self.troubles.remove("tracepoint");
+            }
+            Err(error) => {
+                let _ = self.troubles.insert("tracepoint", trouble(&format!("new cgroups are not seen by the kernel: {error}"), "a workload that starts counts as host until the agent has seen it, and for good while no agent runs", "mount tracefs at /sys/kernel/tracing; grant CAP_PERFMON"));
+            }
+        }
         for layout in attach::remove_other_layouts(&self.config.pin_dir, &self.datapath.dir)? {
             tracing::warn!("removed the programs of another layout, now that ours are attached: {}", layout.display());
         }
@@ -627,6 +678,9 @@ impl Core {
             Ok(true) => self.touch(),
             Ok(false) => {}
             Err(error) => tracing::error!("{error:#}"),
+        }
+        if let Err(error) = self.forget_strays() {
+            tracing::error!("{error:#}");
         }
         if let Err(error) = self.write_endpoints(&survey) {
             tracing::error!("{error:#}");

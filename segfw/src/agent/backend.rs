@@ -265,8 +265,9 @@ const GOLDEN: [&str; 3] = [
 /// What the hooks of this version do not see (threats-and-faults, O1 and O15).
 const UNCOVERED: [(&str, &str); 7] = [
     (
-        "workloads that start while no agent runs",
-        "a new cgroup outside a managed parent (a restarted unit, too) counts as host until an agent has seen it",
+        "workloads that start at a path nobody has named, while no agent runs",
+        "paths that ran here before, and those that a document names without a wildcard, are known to the kernel; others \
+         count as host, or below a managed parent as unresolved, until an agent has seen them",
     ),
     ("containers and pods", "not discovered in this version: name their cgroups with a cgroup: glob"),
     (

@@ -1,11 +1,12 @@
 //! Which cgroup is whose: the tree as it is, and what the policy's Workload documents say of it. Pure.
 
 use crate::host::cgroup::Change;
-use crate::policy::document::WorkloadDoc;
+use crate::policy::document::{Matcher, WorkloadDoc};
 use crate::policy::host_policy::Labels;
 use crate::policy::tables::Numbers;
 use crate::policy::{CgroupFacts, Known, Problem, conflicts, labels_for, managed_parents};
-use segfw_common::{CgroupEntry, Identity};
+use segfw_common::state::PathKey;
+use segfw_common::{CgroupEntry, Identity, bounds};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -37,6 +38,8 @@ pub struct Registry {
     docs: Vec<WorkloadDoc>,
     managed: BTreeSet<PathBuf>,
     host_labels: Labels,
+    /// Paths of workloads that ran here and may run again.
+    remembered: BTreeSet<PathBuf>,
 }
 
 impl Registry {
@@ -53,6 +56,7 @@ impl Registry {
     /// A copy of another registry's tree.
     pub fn take_tree(&mut self, other: &Self) {
         self.tree = other.tree.clone();
+        self.remembered = other.remembered.clone();
     }
 
     /// Other documents: every cgroup may mean something else now.
@@ -62,6 +66,9 @@ impl Registry {
         let mut tree = std::mem::take(&mut self.tree);
         for (path, node) in &mut tree {
             node.named = self.look(path);
+            if node.named.is_some() {
+                let _ = self.remembered.insert(path.clone());
+            }
         }
         self.tree = tree;
     }
@@ -72,6 +79,9 @@ impl Registry {
             match change {
                 Change::Appeared { path, id } => {
                     let node = Node { id: *id, named: self.look(path) };
+                    if node.named.is_some() {
+                        let _ = self.remembered.insert(path.clone());
+                    }
                     let _ = self.tree.insert(path.clone(), node);
                 }
                 Change::Gone { path, .. } => {
@@ -153,6 +163,26 @@ impl Registry {
             let _ = entries.insert(*id, entry);
         }
         entries
+    }
+
+    /// What a cgroup will be that is made while nobody looks: every path that was a workload here, and every path that a
+    /// document names without a wildcard.
+    pub fn paths(&self, numbers: &mut Numbers) -> BTreeMap<PathKey, CgroupEntry> {
+        let exact = self.docs.iter().flat_map(|d| &d.matches).filter_map(|m| match &m.value {
+            // Where systemd puts a system unit that names no slice.
+            Matcher::SystemdUnit(glob) => Some(format!("/system.slice/{}", glob.text)),
+            Matcher::Cgroup(glob) => Some(glob.text.clone()),
+            Matcher::Container { .. } | Matcher::Pod { .. } => None,
+        });
+        let exact = exact.filter(|text| !text.contains(['*', '?', '[', '{'])).map(PathBuf::from);
+        let all: BTreeSet<PathBuf> = self.remembered.iter().cloned().chain(exact).collect();
+        let entry = |path: PathBuf| {
+            let (_, labels) = self.named(&path)?;
+            let flags = if self.managed.contains(&path) { CgroupEntry::MANAGED } else { 0 };
+            let entry = CgroupEntry { identity: numbers.labels(&labels).0, workload: 0, flags, pad: 0 };
+            Some((PathKey::new(path.as_os_str().as_encoded_bytes())?, entry))
+        };
+        all.into_iter().filter_map(entry).take(bounds::PATHS as usize).collect()
     }
 
     /// Paths by id, and the workload each belongs to.

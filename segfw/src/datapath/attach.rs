@@ -35,6 +35,19 @@ pub const HOOKS: [Hook; 10] = [
 /// Attached only while some segment holds a grant or some rule has an end: it costs a call per packet.
 pub const EGRESS: Hook = Hook { program: "skb_egress", attach_type: 1 };
 
+/// Watches cgroups being made. Not a cgroup hook: a tracepoint, which needs tracefs to be found.
+pub const CGROUP_MADE: &str = "cgroup_made";
+
+/// Where tracefs describes the event that [`CGROUP_MADE`] needs.
+const EVENT: &str = "/sys/kernel/tracing/events/cgroup/cgroup_mkdir";
+/// Fields the program reads, as the kernel must describe them.
+const EVENT_FIELDS: [&str; 3] = [
+    "field:int root;\toffset:8;\tsize:4;",
+    "field:u64 id;\toffset:16;\tsize:8;",
+    "field:__data_loc char[] path;\toffset:24;\tsize:4;",
+];
+
+const BPF_PERF_EVENT: u32 = 41;
 const BPF_XDP: u32 = 37;
 const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
 
@@ -117,6 +130,32 @@ impl Datapath {
         Ok(Outcome::Attached)
     }
 
+    /// Attaches the watch of cgroups being made. A link of this kind cannot be given another program, so the new one is
+    /// pinned beside the old one before that goes: for a moment both write the same.
+    pub fn attach_cgroup_made(&self) -> Result<(), Error> {
+        let event = |what: &str, e| Error::sys(format!("{what} {EVENT}"), e);
+        let read = |file: &str| std::fs::read_to_string(format!("{EVENT}/{file}"));
+        let format = read("format").map_err(|e| event("no tracefs, or a kernel without", e))?;
+        if let Some(field) = EVENT_FIELDS.iter().find(|field| !format.contains(*field)) {
+            let what = format!("this kernel describes the event otherwise ({field:?} is missing):");
+            return Err(event(&what, std::io::ErrorKind::Unsupported.into()));
+        }
+        let id = read("id").map_err(|e| event("read", e))?;
+        let id = id.trim().parse().map_err(|_| event("read", std::io::ErrorKind::InvalidData.into()))?;
+        let perf = sys::tracepoint_open(id).map_err(|e| event("open", e))?;
+        let link = sys::link_create(self.program(CGROUP_MADE)?, perf.as_raw_fd() as u32, BPF_PERF_EVENT, 0)
+            .map_err(|e| event("attach to", e))?;
+        let pin = self.dir.join(format!("link-{CGROUP_MADE}"));
+        let aside = self.dir.join(format!("link-{CGROUP_MADE}-new"));
+        let io = |source| Error::Io { what: "cannot replace", path: pin.display().to_string(), source };
+        match std::fs::remove_file(&aside) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(e)),
+            Ok(()) | Err(_) => {}
+        }
+        sys::pin(link.as_fd(), &aside).map_err(|e| event("pin the link to", e))?;
+        std::fs::rename(&aside, &pin).map_err(io)
+    }
+
     /// Takes the egress hook away. The one place besides [`remove`] that ends a link: only while nothing in
     /// force needs it, so nothing is left that the hook would have judged.
     pub fn drop_egress(&self) -> Result<(), Error> {
@@ -146,6 +185,17 @@ impl Datapath {
                 verified: info.verified,
             });
         }
+        let pin = self.dir.join(format!("link-{CGROUP_MADE}"));
+        let link = sys::get(&pin).map_err(|e| Error::sys(format!("open {}", pin.display()), e))?;
+        let info = sys::program_info(self.program(CGROUP_MADE)?)
+            .map_err(|e| Error::sys(format!("read the program {CGROUP_MADE}"), e))?;
+        states.push(LinkState {
+            name: CGROUP_MADE.to_owned(),
+            // A link to an event has no cgroup; 1 says that it is attached.
+            link: link.and_then(|l| sys::link_info(l.as_fd()).ok()).map(|i| sys::LinkInfo { cgroup: 1, ..i }),
+            instructions: info.instructions,
+            verified: info.verified,
+        });
         Ok(states)
     }
 }

@@ -2,6 +2,7 @@
 
 use super::{Datapath, Error, sys};
 use segfw_common::event::{Counter, DenialCount, DenialKey, RuleCount};
+use segfw_common::state::PathKey;
 use segfw_common::{Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, FlowKey, FlowValue, OriginKey, Party};
 use std::collections::BTreeMap;
 
@@ -35,6 +36,21 @@ impl Datapath {
     /// Every registered cgroup.
     pub fn cgroups(&self) -> Result<Vec<(u64, CgroupEntry)>, Error> {
         sys::map_dump(self.map("CGROUPS")?, 1024).map_err(|e| Error::sys("read CGROUPS", e))
+    }
+
+    /// Says what a cgroup of this path will be.
+    pub fn set_path(&self, path: &PathKey, entry: &CgroupEntry) -> Result<(), Error> {
+        sys::map_update(self.map("PATHS")?, path, entry).map_err(|e| Error::sys("enter a path of a workload", e))
+    }
+
+    /// A cgroup of this path is nothing special any more.
+    pub fn remove_path(&self, path: &PathKey) -> Result<bool, Error> {
+        sys::map_delete(self.map("PATHS")?, path).map_err(|e| Error::sys("forget a path of a workload", e))
+    }
+
+    /// Every known path.
+    pub fn paths(&self) -> Result<Vec<(PathKey, CgroupEntry)>, Error> {
+        sys::map_dump(self.map("PATHS")?, 256).map_err(|e| Error::sys("read PATHS", e))
     }
 
     /// Writes what is known of one of this host's addresses.

@@ -1,7 +1,7 @@
 //! The eBPF object: its maps, opened from their pins or made, and its programs, checked by this kernel's verifier.
 
 use super::{Error, sys};
-use aya::programs::{CgroupSkb, CgroupSock, CgroupSockAddr, Program, SockOps, Xdp};
+use aya::programs::{CgroupSkb, CgroupSock, CgroupSockAddr, Program, SockOps, TracePoint, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use segfw_common::ABI_VERSION;
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/segfw-ebpf"));
 
 /// Maps that outlive the agent, by name.
-pub const PINNED_MAPS: [&str; 19] = [
+pub const PINNED_MAPS: [&str; 20] = [
     "CLASSES",
     "RULES",
     "TIMELINE",
@@ -20,6 +20,7 @@ pub const PINNED_MAPS: [&str; 19] = [
     "PREFIXES",
     "CONTROL",
     "CGROUPS",
+    "PATHS",
     "ADDRESSES",
     "XDP_NETNS",
     "ENDPOINTS",
@@ -122,6 +123,9 @@ fn load_program(program: &mut Program) -> Result<(), aya::programs::ProgramError
         return p.load();
     }
     if let Ok(p) = <&mut SockOps>::try_from(&mut *program) {
+        return p.load();
+    }
+    if let Ok(p) = <&mut TracePoint>::try_from(&mut *program) {
         return p.load();
     }
     <&mut Xdp>::try_from(program)?.load()

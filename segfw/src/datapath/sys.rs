@@ -278,6 +278,25 @@ pub fn link_create(program: BorrowedFd<'_>, target: u32, attach_type: u32, flags
     Attr::new().u32(0, fd(program)).u32(4, target).u32(8, attach_type).u32(12, flags).call_fd(BPF_LINK_CREATE)
 }
 
+/// Opens a tracepoint by its number in tracefs, for all tasks (perf_event_open(2); the CPU does not matter for BPF).
+pub fn tracepoint_open(id: u64) -> io::Result<OwnedFd> {
+    const PERF_TYPE_TRACEPOINT: u32 = 2;
+    const PERF_FLAG_FD_CLOEXEC: u64 = 8;
+    // `struct perf_event_attr` of its first size is enough: type, size, config; the rest zero.
+    const SIZE: u32 = 64;
+    let attr = Attr::new().u32(0, PERF_TYPE_TRACEPOINT).u32(4, SIZE).u64(8, id);
+    let (any_task, cpu, no_group): (i32, i32, i32) = (-1, 0, -1);
+    // SAFETY: the attribute is longer than the size it states.
+    let fd = unsafe {
+        libc::syscall(libc::SYS_perf_event_open, attr.0.as_ptr(), any_task, cpu, no_group, PERF_FLAG_FD_CLOEXEC)
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
 /// Puts another program behind a link, atomically for that link.
 pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     Attr::new().u32(0, fd(link)).u32(4, fd(program)).call(BPF_LINK_UPDATE).map(drop)

@@ -169,6 +169,17 @@ pub fn ensure_bpffs() -> io::Result<Bpffs> {
     Ok(Bpffs::MountedNow)
 }
 
+/// Mounts tracefs at its usual place unless it is there; true if it was mounted now. A refusal is no error here: whoever
+/// needs an event finds out, and says what follows.
+pub fn ensure_tracefs() -> bool {
+    let path = Path::new("/sys/kernel/tracing");
+    if path.join("events").is_dir() {
+        return false;
+    }
+    let flags = nix::mount::MsFlags::MS_NOSUID | nix::mount::MsFlags::MS_NODEV | nix::mount::MsFlags::MS_NOEXEC;
+    nix::mount::mount(Some("tracefs"), path, Some("tracefs"), flags, None::<&str>).is_ok()
+}
+
 /// Lifts `RLIMIT_MEMLOCK` on kernels that charge maps to it; true if it was lifted.
 pub fn raise_memlock() -> io::Result<bool> {
     if release()?.version >= MEMCG_ACCOUNTING {
