@@ -330,6 +330,28 @@ mod tests {
         }
     }
 
+    /// Inputs that once broke something, or might: each file is one frame. What is read lies within the bytes, so more
+    /// of them behind the end change nothing.
+    #[test]
+    fn replayed() {
+        let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fuzz/replayed/packet");
+        let mut count = 0;
+        for file in std::fs::read_dir(dir).unwrap() {
+            let path = file.unwrap().path();
+            let data = std::fs::read(&path).unwrap();
+            for start in [0, 14, 18, 22].into_iter().filter(|s| *s <= data.len()) {
+                fuzz_packet(&data[start..]);
+                if let Ok(packet) = parse(&data[..], start as u32) {
+                    let mut longer = data.clone();
+                    longer.extend_from_slice(&[0xa5; 64]);
+                    assert_eq!(parse(&longer[..], start as u32), Ok(packet), "{}", path.display());
+                }
+            }
+            count += 1;
+        }
+        assert!(count >= 20, "{count} inputs in {dir}");
+    }
+
     #[test]
     fn vlan_tags_are_unwrapped_up_to_the_bound() {
         let mut frame = std::vec![0u8; 12];

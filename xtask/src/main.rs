@@ -17,6 +17,7 @@ cargo xtask COMMAND
   setup   Install what building and testing needs: rust-src, bpf-linker (into target/tools), iproute2
   demo    Three services, one policy, live: allowed, denied, and a connection that is cut (needs root, ~20 s)
   test    All tests; those that load eBPF need root and are named as skipped without it
+  bench   Round trips and connections over loopback, with and without segfw (needs root, ~1 min); JSON on stdout
   lint    Formatting, clippy on every crate, licences and sources of all dependencies
   ci      lint, then test
   clean   Remove what interrupted test runs left in the kernel, then run cargo clean (target/tools stays)
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         "setup" => setup::run(),
         "demo" => demo(),
         "test" => setup::run().and_then(|()| totals::test(rest.strip_prefix(&["--".to_owned()][..]).unwrap_or(rest))),
+        "bench" => bench(rest.strip_prefix(&["--".to_owned()][..]).unwrap_or(rest)),
         "lint" => setup::run().and_then(|()| checks::lint()),
         "ci" => setup::run().and_then(|()| checks::lint()).and_then(|()| totals::test(&[])),
         "clean" => clean::run(),
@@ -63,6 +65,17 @@ fn demo() -> Result<()> {
     run(cargo().args(["build", "--quiet", "--package", "segfw", "--package", "segfw-tests", "--bins"]))?;
     // Not through `cargo run`: Ctrl-C must reach the demo, which cleans up, and nobody else.
     run(&mut Command::new(target().join("debug/segfw-demo")))
+}
+
+fn bench(args: &[String]) -> Result<()> {
+    setup::run()?;
+    if !is_root() {
+        bail!("the bench makes cgroups and loads eBPF programs: run it as root (sudo -E cargo xtask bench)");
+    }
+    // Not `say`: stdout is the result.
+    eprintln!("xtask: building, release");
+    run(cargo().args(["build", "--quiet", "--release", "--package", "segfw-tests", "--bin", "segfw-bench-loopback"]))?;
+    run(Command::new(target().join("release/segfw-bench-loopback")).args(args))
 }
 
 /// The repository, wherever cargo was started.
