@@ -137,7 +137,8 @@ fn reads_back(datapath: &Datapath, pair: &Pair) -> Result<()> {
     // And a difference anywhere is one in the digest.
     let tables = &pair.tables[0];
     let want = tables.digest();
-    let changes: [(&str, fn(&mut Tables)); 6] = [
+    type Change = (&'static str, fn(&mut Tables));
+    let changes: [Change; 6] = [
         ("a class", |t| t.classes[0][80] ^= 1),
         ("a rule's number", |t| t.rules.values_mut().for_each(|e| e.rule ^= 1)),
         ("an action", |t| t.rules.values_mut().for_each(|e| e.action ^= 3)),
