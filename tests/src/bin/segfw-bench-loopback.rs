@@ -114,7 +114,8 @@ fn report(
     };
     let minimum = |all: &[f64]| all[0];
     let median = |all: &[f64]| (all[(all.len() - 1) / 2] + all[all.len() / 2]) / 2.0;
-    let pick: [(&str, fn(Cost) -> f64); 2] = [("cpu", |c| c.cpu), ("wall", |c| c.wall)];
+    type Pick = (&'static str, fn(Cost) -> f64);
+    let pick: [Pick; 2] = [("cpu", |c| c.cpu), ("wall", |c| c.wall)];
     let mut out = serde_json::Map::new();
     let _ = out.insert("operations_per_round".into(), operations.into());
     eprintln!("\n{title}");
