@@ -117,7 +117,6 @@ pub fn begin(time: u64) -> Option<*mut FlowEvent> {
     };
     count(Counter::EventsSent as u32);
     let event: *mut FlowEvent = entry.as_mut_ptr();
-    core::mem::forget(entry);
     // SAFETY: the ring buffer gave 168 writable bytes; zero is valid for every field.
     unsafe {
         let words = event.cast::<u64>();

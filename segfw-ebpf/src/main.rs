@@ -3,6 +3,7 @@
 #![no_main]
 // The whole crate is built with RUSTC_BOOTSTRAP for `-Z build-std=core`; the one feature is for `maps::add`.
 #![feature(core_intrinsics)]
+#![allow(clippy::needless_borrows_for_generic_args, reason = "keys by reference: no copies on a stack of 512 bytes")]
 #![allow(unreachable_pub, reason = "modules of one binary: nothing is reachable from outside")]
 #![expect(internal_features, reason = "core::sync::atomic has no read-modify-write on bpfel-unknown-none")]
 

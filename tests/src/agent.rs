@@ -20,9 +20,15 @@ pub struct Agent {
     cgroup_root: PathBuf,
     own_cgroup: PathBuf,
     extra: Vec<String>,
+    /// What the names of the world's namespaces begin with.
+    prefix: String,
 }
 
 impl Agent {
+    fn namespace(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
     /// Writes `policy`, starts the agent and waits until it enforces.
     pub fn start(world: &World, policy: &str, extra: &[String]) -> Result<Self> {
         let mut agent = Self {
@@ -32,6 +38,7 @@ impl Agent {
             cgroup_root: world.managed(),
             own_cgroup: world.cgroup("agent")?,
             extra: extra.to_vec(),
+            prefix: world.netns(""),
         };
         fs::create_dir_all(agent.folder.join("policy"))?;
         fs::create_dir_all(agent.folder.join("state"))?;
@@ -44,7 +51,16 @@ impl Agent {
     pub fn launch(&mut self) -> Result<()> {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log())?;
         let making = making();
-        let mut command = Command::new(crate::binary("segfw")?);
+        // `--netns=NAME` is ours: the agent runs in that namespace of the world, where its interfaces are.
+        let netns = self.extra.iter().find_map(|arg| arg.strip_prefix("--netns=")).map(|name| self.namespace(name));
+        let mut command = match netns {
+            None => Command::new(crate::binary("segfw")?),
+            Some(name) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net=/run/netns/{name}")).arg(crate::binary("segfw")?);
+                command
+            }
+        };
         let child = with_signals(&mut command)
             .arg("agent")
             .arg("--socket")
@@ -57,7 +73,7 @@ impl Agent {
             .arg(self.folder.join("state"))
             .arg("--cgroup-root")
             .arg(&self.cgroup_root)
-            .args(&self.extra)
+            .args(self.extra.iter().filter(|arg| !arg.starts_with("--netns=")))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

@@ -1,6 +1,7 @@
 //! The table itself: [`all`] makes every row from the matrix and from the list of bypasses.
 
 mod bypass;
+mod changes;
 mod matrix;
 mod situations;
 
@@ -10,6 +11,7 @@ use crate::world::{net, v4_of, v6_of};
 /// Every group, the slowest first: that makes a parallel run short.
 pub fn all() -> Vec<Group> {
     let mut groups = bypass::groups();
+    groups.extend(changes::groups());
     groups.extend(situations::groups());
     groups.extend(matrix::groups());
     groups

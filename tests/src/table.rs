@@ -255,6 +255,16 @@ pub struct Shot {
 }
 
 impl Stage {
+    /// Ends an actor: its process is gone when this returns.
+    pub fn end(&mut self, name: &str) {
+        drop(self.actors.remove(name));
+    }
+
+    /// Puts an actor in the place of one that was ended.
+    pub fn put(&mut self, name: &'static str, actor: Actor) {
+        let _ = self.actors.insert(name, actor);
+    }
+
     /// An actor of the group.
     pub fn actor(&mut self, name: &str) -> &mut Actor {
         self.actors.get_mut(name).unwrap_or_else(|| panic!("no actor {name} in this group"))
