@@ -134,6 +134,13 @@ impl Datapath {
     /// pinned beside the old one before that goes: for a moment both write the same.
     pub fn attach_cgroup_made(&self) -> Result<(), Error> {
         let event = |what: &str, e| Error::sys(format!("{what} {EVENT}"), e);
+        let pin = self.dir.join(format!("link-{CGROUP_MADE}"));
+        let ours = sys::program_info(self.program(CGROUP_MADE)?).map_err(|e| event("read the program for", e))?.id;
+        if let Some(link) = sys::get(&pin).map_err(|e| event("open the link to", e))?
+            && sys::link_info(link.as_fd()).is_ok_and(|info| info.program == ours)
+        {
+            return Ok(());
+        }
         let read = |file: &str| std::fs::read_to_string(format!("{EVENT}/{file}"));
         let format = read("format").map_err(|e| event("no tracefs, or a kernel without", e))?;
         if let Some(field) = EVENT_FIELDS.iter().find(|field| !format.contains(*field)) {
@@ -145,7 +152,6 @@ impl Datapath {
         let perf = sys::tracepoint_open(id).map_err(|e| event("open", e))?;
         let link = sys::link_create(self.program(CGROUP_MADE)?, perf.as_raw_fd() as u32, BPF_PERF_EVENT, 0)
             .map_err(|e| event("attach to", e))?;
-        let pin = self.dir.join(format!("link-{CGROUP_MADE}"));
         let aside = self.dir.join(format!("link-{CGROUP_MADE}-new"));
         let io = |source| Error::Io { what: "cannot replace", path: pin.display().to_string(), source };
         match std::fs::remove_file(&aside) {
