@@ -219,13 +219,14 @@ fn dropped_outside(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
     let result = cli.connect(h, dst, shot.ms)?;
     cli.close(h)?;
     stage.actor("srv").close(listener)?;
-    or_outcome!(result, |e: &str| match refusal(e) {
-        Outcome::Silent => match dropped(stage) {
-            Ok(after) if after > before => Outcome::Silent,
-            Ok(after) => Outcome::Other(format!("refused, but not by the wall ({before} then {after})")),
-            Err(e) => Outcome::Other(e.to_string()),
-        },
-        other => other,
-    });
-    Ok(Outcome::Open)
+    let outcome = result.map_or_else(|e| refusal(&e), |()| Outcome::Open);
+    if outcome != Outcome::Silent {
+        return Ok(outcome);
+    }
+    let after = dropped(stage)?;
+    Ok(if after > before {
+        Outcome::Silent
+    } else {
+        Outcome::Other(format!("refused, but not by the wall ({before} then {after})"))
+    })
 }
