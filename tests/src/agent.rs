@@ -42,6 +42,13 @@ impl Agent {
 
     /// Starts the process; also after [`Self::kill`] or [`Self::stop`].
     pub fn launch(&mut self) -> Result<()> {
+        self.spawn()?;
+        // An agent in host monitor mode is as ready as it gets.
+        self.wait_until("enforces", |status| status["state"] == "ENFORCING" || status["state"] == "MONITOR")
+    }
+
+    /// Starts the process and does not wait.
+    pub fn spawn(&mut self) -> Result<()> {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log())?;
         let making = making();
         let mut command = Command::new(crate::binary("segfw")?);
@@ -67,8 +74,19 @@ impl Agent {
         fs::write(self.own_cgroup.join("cgroup.procs"), child.id().to_string())?;
         self.child = Some(child);
         drop(making);
-        // An agent in host monitor mode is as ready as it gets.
-        self.wait_until("enforces", |status| status["state"] == "ENFORCING" || status["state"] == "MONITOR")
+        Ok(())
+    }
+
+    /// Sends a signal to the process.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) -> Result<()> {
+        let child = self.child.as_ref().context("the agent does not run")?;
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
+        nix::sys::signal::kill(pid, signal).context("signalling the agent")
+    }
+
+    /// Where it keeps what survives it.
+    pub fn state_dir(&self) -> PathBuf {
+        self.folder.join("state")
     }
 
     /// Replaces the policy and waits until another revision is enforced.
@@ -159,7 +177,8 @@ impl Agent {
         self.folder.join("agent.log")
     }
 
-    fn wait_until(&mut self, what: &str, done: impl Fn(&Value) -> bool) -> Result<()> {
+    /// Asks for the status until `done`.
+    pub fn wait_until(&mut self, what: &str, done: impl Fn(&Value) -> bool) -> Result<()> {
         let end = Instant::now() + READY;
         let mut last = None;
         while Instant::now() < end {

@@ -1,6 +1,7 @@
 //! The table itself: [`all`] makes every row from the matrix and from the list of bypasses.
 
 mod bypass;
+mod faults;
 mod matrix;
 mod situations;
 
@@ -9,7 +10,8 @@ use crate::world::{net, v4_of, v6_of};
 
 /// Every group, the slowest first: that makes a parallel run short.
 pub fn all() -> Vec<Group> {
-    let mut groups = bypass::groups();
+    let mut groups = faults::groups();
+    groups.extend(bypass::groups());
     groups.extend(situations::groups());
     groups.extend(matrix::groups());
     groups
