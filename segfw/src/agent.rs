@@ -235,8 +235,7 @@ impl Core {
         shared: Arc<Shared>,
         history: Arc<History>,
     ) -> anyhow::Result<Self> {
-        let store = Store::open(&config.state_dir)
-            .with_context(|| format!("cannot use the state folder {}", config.state_dir.display()))?;
+        let store = Store::new(&config.state_dir);
         let (saved, damaged) = store.load();
         let maps = sys::map_info(datapath.map("CONTROL")?).map(|i| i.id).context("read CONTROL")?;
         let active = datapath.active()?;
@@ -394,7 +393,9 @@ impl Core {
         let grants = tables.locals.values().any(|l| l.grants != 0);
         let number = match &self.in_force {
             Some(f) if f.revision.digest == digest => f.revision.number,
-            None if self.saved.revision != 0 && crate::policy::digest(&self.saved.files) == digest => self.saved.revision,
+            None if self.saved.revision != 0 && crate::policy::digest(&self.saved.files) == digest => {
+                self.saved.revision
+            }
             Some(_) | None => self.saved.revision + 1,
         };
         // What numbers mean is known before anything can carry them.
@@ -439,7 +440,8 @@ impl Core {
     /// Does the kernel hold these very tables already?
     fn holds(&self, digest: &[u8; 32]) -> anyhow::Result<bool> {
         let active = self.datapath.active()?;
-        Ok(active.generation != 0 && self.datapath.read_back(active.slot).is_ok_and(|tables| tables.digest() == *digest))
+        Ok(active.generation != 0
+            && self.datapath.read_back(active.slot).is_ok_and(|tables| tables.digest() == *digest))
     }
 
     fn save(&mut self) {
