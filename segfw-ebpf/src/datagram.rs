@@ -3,14 +3,14 @@
 
 use crate::Answer;
 use crate::emit::{About, report};
-use crate::judge::{Judgement, cached, judge, remember, unjudged};
+use crate::judge::{Judgement, cached, judge, opaque_zero, remember, unjudged};
 use crate::maps::{
     Kernel, flow as find_flow, now, register_endpoint, socket_state, socket_state_or_new, store_flow,
     unregister_endpoint,
 };
 use crate::socket::{current, of_process, refresh, source_addr, unpack};
-use crate::stream::{named, read};
-use aya_ebpf::bindings::{__sk_buff, BPF_F_CURRENT_NETNS, bpf_sock, bpf_sock_tuple};
+use crate::stream::{blur_addr, named, read};
+use aya_ebpf::bindings::{__sk_buff, BPF_F_CURRENT_NETNS, bpf_sock, bpf_sock_addr, bpf_sock_tuple};
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_sk_fullsock, bpf_sk_lookup_udp, bpf_sk_release};
 use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext};
 use segfw_common::decide::Peer;
@@ -219,7 +219,77 @@ pub fn send(ctx: &SockAddrContext, v6: bool) -> Answer {
     };
     // SAFETY: `sk` is a socket pointer of the context.
     unsafe { ensure_registered(state, source_addr(sk), (*sk).src_port as u16) };
+    // The bound source, or the one that comes with this datagram (IP_PKTINFO).
+    if borrows(&kernel, state, &source_named(raw, v6)) {
+        return borrowed(&kernel, state, &remote_addr, remote_port, Hook::Sendmsg);
+    }
     outbound(&kernel, state, protocol, remote_addr, remote_port, Hook::Sendmsg)
+}
+
+/// The source address of a `sendmsg`; unspecified = the kernel will choose one.
+#[inline(always)]
+fn source_named(ctx: *const bpf_sock_addr, v6: bool) -> Addr {
+    // SAFETY: the program's context; words are read one by one, as the verifier wants.
+    let mut addr = unsafe {
+        if v6 {
+            let w = (&raw const (*ctx).msg_src_ip6).cast::<u32>();
+            Addr::from_v6_be([
+                w.read_volatile(),
+                w.add(1).read_volatile(),
+                w.add(2).read_volatile(),
+                w.add(3).read_volatile(),
+            ])
+        } else {
+            Addr::from_v4_be((*ctx).msg_src_ip4)
+        }
+    };
+    blur_addr(&mut addr, opaque_zero());
+    addr
+}
+
+/// Does a workload send from an address that another namespace of this host has? Whoever is judged by that address would
+/// answer for it. IPv6 asks no capability for this, IPv4 asks for CAP_NET_ADMIN. A connection is told by its origin;
+/// a datagram has none. What is in no segment (a proxy of the host that speaks for its containers) may.
+#[inline(never)]
+pub fn borrows(kernel: &Kernel, state: &SocketState, source: &Addr) -> bool {
+    match kernel.address(source) {
+        Some(entry) if entry.netns != 0 && entry.netns != state.netns => kernel.local(state.local()).is_some(),
+        Some(_) | None => false,
+    }
+}
+
+/// The refusal that [`borrows`] asks for.
+#[inline(never)]
+pub fn borrowed(kernel: &Kernel, state: &SocketState, remote_addr: &Addr, remote_port: u16, hook: Hook) -> Answer {
+    let flow = Flow {
+        direction: Direction::Egress,
+        protocol: state.protocol,
+        local: state.local(),
+        workload: state.workload,
+        netns: state.netns,
+        local_addr: Addr::UNSPECIFIED,
+        remote_addr: *remote_addr,
+        local_port: state.local_port,
+        remote_port,
+    };
+    let mut j = unjudged();
+    j.decision.reason = Reason::NotAuthenticated;
+    if let Some(local) = kernel.local(flow.local)
+        && monitored(kernel, &local)
+    {
+        j.decision.verdict = Verdict::Audit;
+    }
+    let about = About {
+        kind: EventKind::New,
+        hook,
+        process: true,
+        socket_type: 0,
+        generation: kernel.generation,
+        sequence: 0,
+        cgroup: state.cgroup,
+    };
+    report(&about, &flow, &j);
+    refusal(&j)
 }
 
 /// The kernel had no memory to remember this socket: the flow is judged each time, for the task that acts.

@@ -135,6 +135,11 @@ pub fn connect(ctx: &SockAddrContext, v6: bool) -> Answer {
     if state.generation != kernel.generation {
         refresh(state);
     }
+    // A bound source that is another's (see `borrows`): the socket keeps no answer, so nothing passes either.
+    // SAFETY: as above.
+    if datagram && datagram::borrows(&kernel, state, &source_addr(sk)) {
+        return datagram::borrowed(&kernel, state, &remote_addr, remote_port, Hook::Connect);
+    }
     flow.local = state.local();
     flow.workload = state.workload;
     let mut j = unjudged();
