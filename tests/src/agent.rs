@@ -138,14 +138,18 @@ impl Agent {
     }
 
     /// `segfw workloads`.
-    pub fn workloads(&self) -> Result<Value> {
-        let output = self.cli(&["workloads", "--output", "json"])?;
-        serde_json::from_slice(&output.stdout).with_context(|| explain(&output))
+    pub fn workloads(&self) -> Result<Vec<Value>> {
+        self.list(&["workloads", "--output", "json"])
     }
 
     /// `segfw flows`: the records, oldest first.
     pub fn flows(&self) -> Result<Vec<Value>> {
-        let output = self.cli(&["flows", "--last", "100000", "--output", "json"])?;
+        self.list(&["flows", "--last", "100000", "--output", "json"])
+    }
+
+    /// A verb that prints one value per line, or one list.
+    fn list(&self, args: &[&str]) -> Result<Vec<Value>> {
+        let output = self.cli(args)?;
         let mut records = Vec::new();
         for value in serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>() {
             let value = value.with_context(|| explain(&output))?;

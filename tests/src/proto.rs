@@ -65,7 +65,7 @@ pub enum Cmd {
     Datagrams { ip: String, first: u16, ports: u16, sockets: u16 },
     /// From now on runs on this CPU only.
     Pin { cpu: usize },
-    /// Accepts on a listener and sends back what comes, in the background, until the actor ends.
+    /// Accepts on a listener and sends back what comes, in the background, until [`Cmd::CloseAll`].
     Serve { h: u32 },
     /// In the background: a request and its answer over and over on a connection. See [`Cmd::Tally`].
     Chat { h: u32 },

@@ -1,5 +1,6 @@
 //! The table itself: [`all`] makes every row from the matrix and from the list of bypasses.
 
+mod attacks;
 mod bypass;
 mod faults;
 mod matrix;
@@ -12,6 +13,7 @@ use crate::world::{net, v4_of, v6_of};
 pub fn all() -> Vec<Group> {
     let mut groups = faults::groups();
     groups.extend(bypass::groups());
+    groups.extend(attacks::groups());
     groups.extend(situations::groups());
     groups.extend(matrix::groups());
     groups

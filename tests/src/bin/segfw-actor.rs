@@ -62,6 +62,8 @@ struct Actor {
     last: u32,
     background: Vec<std::thread::JoinHandle<()>>,
     stop: Arc<AtomicBool>,
+    servers: Vec<std::thread::JoinHandle<()>>,
+    closed: Arc<AtomicBool>,
     tally: Arc<Mutex<Tally>>,
 }
 
@@ -424,8 +426,8 @@ impl Actor {
                     .map_err(|e| e as c_int)
             }
             Cmd::Serve { h } => {
-                let listener = self.dup(h)?;
-                std::thread::spawn(move || serve(&listener));
+                let (listener, closed) = (self.dup(h)?, Arc::clone(&self.closed));
+                self.servers.push(std::thread::spawn(move || serve(&listener, &closed)));
                 Ok(done)
             }
             Cmd::Chat { h } => {
@@ -453,6 +455,11 @@ impl Actor {
             Cmd::Close { h } => self.handles.remove(&h).map(|_| done).ok_or(libc::EBADF),
             Cmd::CloseAll => {
                 self.handles.clear();
+                self.closed.store(true, Ordering::Relaxed);
+                for thread in self.servers.drain(..) {
+                    let _ = thread.join();
+                }
+                self.closed.store(false, Ordering::Relaxed);
                 Ok(done)
             }
         }
@@ -625,10 +632,12 @@ fn fresh(to: SocketAddr, kind: c_int) -> Result<OwnedFd, c_int> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Sends back what comes, for every connection, for ever.
-fn serve(listener: &OwnedFd) {
-    loop {
-        let _ = wait(listener.as_raw_fd(), libc::POLLIN, 60_000);
+/// Sends back what comes, for every connection.
+fn serve(listener: &OwnedFd, closed: &AtomicBool) {
+    while !closed.load(Ordering::Relaxed) {
+        if wait(listener.as_raw_fd(), libc::POLLIN, 20).is_err() {
+            continue;
+        }
         // SAFETY: no address is asked for.
         let fd = unsafe {
             libc::accept4(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC)
