@@ -3,7 +3,7 @@
 
 use crate::Answer;
 use crate::emit::{About, report};
-use crate::judge::{Judgement, cached, judge, opaque_zero, remember, unjudged};
+use crate::judge::{Judgement, blur, cached, judge, opaque_zero, remember, unjudged};
 use crate::maps::{
     Kernel, flow as find_flow, now, register_endpoint, socket_state, socket_state_or_new, store_flow,
     unregister_endpoint,
@@ -220,10 +220,8 @@ pub fn send(ctx: &SockAddrContext, v6: bool) -> Answer {
     // SAFETY: `sk` is a socket pointer of the context.
     unsafe { ensure_registered(state, source_addr(sk), (*sk).src_port as u16) };
     // The bound source, or the one that comes with this datagram (IP_PKTINFO).
-    if borrows(&kernel, state, &source_named(raw, v6)) {
-        return borrowed(&kernel, state, &remote_addr, remote_port, Hook::Sendmsg);
-    }
-    outbound(&kernel, state, protocol, remote_addr, remote_port, Hook::Sendmsg)
+    let borrowed = borrows(&kernel, state, &source_named(raw, v6));
+    outbound(&kernel, state, protocol, remote_addr, remote_port, Hook::Sendmsg, borrowed)
 }
 
 /// The source address of a `sendmsg`; unspecified = the kernel will choose one.
@@ -252,44 +250,28 @@ fn source_named(ctx: *const bpf_sock_addr, v6: bool) -> Addr {
 /// a datagram has none. What is in no segment (a proxy of the host that speaks for its containers) may.
 #[inline(never)]
 pub fn borrows(kernel: &Kernel, state: &SocketState, source: &Addr) -> bool {
+    // Nearly always the choice is the kernel's: nothing to look up.
+    if *source == source.any_of_family() {
+        return false;
+    }
     match kernel.address(source) {
         Some(entry) if entry.netns != 0 && entry.netns != state.netns => kernel.local(state.local()).is_some(),
         Some(_) | None => false,
     }
 }
 
-/// The refusal that [`borrows`] asks for.
+/// The answer that [`borrows`] asks for. Not inlined, as `judge::what`.
 #[inline(never)]
-pub fn borrowed(kernel: &Kernel, state: &SocketState, remote_addr: &Addr, remote_port: u16, hook: Hook) -> Answer {
-    let flow = Flow {
-        direction: Direction::Egress,
-        protocol: state.protocol,
-        local: state.local(),
-        workload: state.workload,
-        netns: state.netns,
-        local_addr: Addr::UNSPECIFIED,
-        remote_addr: *remote_addr,
-        local_port: state.local_port,
-        remote_port,
-    };
-    let mut j = unjudged();
+pub fn refuse_source(kernel: &Kernel, state: &SocketState, j: &mut Judgement) {
     j.decision.reason = Reason::NotAuthenticated;
-    if let Some(local) = kernel.local(flow.local)
+    if let Some(local) = kernel.local(state.local())
         && monitored(kernel, &local)
     {
         j.decision.verdict = Verdict::Audit;
     }
-    let about = About {
-        kind: EventKind::New,
-        hook,
-        process: true,
-        socket_type: 0,
-        generation: kernel.generation,
-        sequence: 0,
-        cgroup: state.cgroup,
-    };
-    report(&about, &flow, &j);
-    refusal(&j)
+    let zero = opaque_zero();
+    blur(&mut j.decision.reason, zero);
+    blur(&mut j.decision.verdict, zero);
 }
 
 /// The kernel had no memory to remember this socket: the flow is judged each time, for the task that acts.
@@ -323,8 +305,10 @@ fn outbound(
     remote_addr: Addr,
     remote_port: u16,
     hook: Hook,
+    borrowed: bool,
 ) -> Answer {
-    if cached(state, kernel.generation)
+    if !borrowed
+        && cached(state, kernel.generation)
         && state.direction == Direction::Egress as u8
         && state.remote_port == remote_port
         && state.remote_addr == remote_addr
@@ -346,12 +330,17 @@ fn outbound(
         remote_port,
     };
     let mut j = unjudged();
-    let known = follow(kernel, &mut flow, &mut j);
-    if known == Known::Yes {
-        return Answer::Pass;
+    let mut known = Known::No;
+    if borrowed {
+        refuse_source(kernel, state, &mut j);
+    } else {
+        known = follow(kernel, &mut flow, &mut j);
+        if known == Known::Yes {
+            return Answer::Pass;
+        }
+        flow.direction = Direction::Egress;
+        judge(kernel, &flow, &mut j);
     }
-    flow.direction = Direction::Egress;
-    judge(kernel, &flow, &mut j);
     if j.decision.passes() {
         open(kernel, &flow, &j);
         remember(state, kernel.generation, &j);
@@ -610,5 +599,5 @@ pub fn egress(ctx: &SkBuffContext) -> Answer {
     if !is_icmp(packet.protocol) {
         state.local_port = packet.source_port;
     }
-    outbound(&kernel, state, packet.protocol, packet.destination, packet.destination_port, Hook::Egress)
+    outbound(&kernel, state, packet.protocol, packet.destination, packet.destination_port, Hook::Egress, false)
 }

@@ -135,15 +135,14 @@ pub fn connect(ctx: &SockAddrContext, v6: bool) -> Answer {
     if state.generation != kernel.generation {
         refresh(state);
     }
-    // A bound source that is another's (see `borrows`): the socket keeps no answer, so nothing passes either.
-    // SAFETY: as above.
-    if datagram && datagram::borrows(&kernel, state, &source_addr(sk)) {
-        return datagram::borrowed(&kernel, state, &remote_addr, remote_port, Hook::Connect);
-    }
     flow.local = state.local();
     flow.workload = state.workload;
     let mut j = unjudged();
-    judge(&kernel, &flow, &mut j);
+    if datagram && datagram::borrows(&kernel, state, &source_addr(sk)) {
+        datagram::refuse_source(&kernel, state, &mut j);
+    } else {
+        judge(&kernel, &flow, &mut j);
+    }
     remember(state, kernel.generation, &j);
     state.direction = Direction::Egress as u8;
     state.remote_addr = remote_addr;
