@@ -52,7 +52,7 @@ pub enum Reason {
     UnresolvedPeer = 5,
     /// The local workload is not known yet.
     UnresolvedLocal = 6,
-    /// The rule demands better evidence of who the peer is.
+    /// The rule demands better evidence of who the peer is; or (egress) the datagram's source address is another's.
     NotAuthenticated = 7,
     /// The segment was not granted this socket type or protocol.
     ProtocolNotGranted = 8,

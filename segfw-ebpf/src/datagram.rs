@@ -3,14 +3,14 @@
 
 use crate::Answer;
 use crate::emit::{About, report};
-use crate::judge::{Judgement, Live, cached, judge, live, remember, unjudged};
+use crate::judge::{Judgement, Live, blur, cached, judge, live, opaque_zero, remember, unjudged};
 use crate::maps::{
     Kernel, flow as find_flow, now, register_endpoint, socket_state, socket_state_or_new, store_flow,
     unregister_endpoint,
 };
 use crate::socket::{current, of_process, refresh, source_addr, unpack};
-use crate::stream::{named, read};
-use aya_ebpf::bindings::{__sk_buff, BPF_F_CURRENT_NETNS, bpf_sock, bpf_sock_tuple};
+use crate::stream::{blur_addr, named, read};
+use aya_ebpf::bindings::{__sk_buff, BPF_F_CURRENT_NETNS, bpf_sock, bpf_sock_addr, bpf_sock_tuple};
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_sk_fullsock, bpf_sk_lookup_udp, bpf_sk_release};
 use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext};
 use segfw_common::decide::{Peer, standing};
@@ -220,7 +220,59 @@ pub fn send(ctx: &SockAddrContext, v6: bool) -> Answer {
     };
     // SAFETY: `sk` is a socket pointer of the context.
     unsafe { ensure_registered(state, source_addr(sk), (*sk).src_port as u16) };
-    outbound(&kernel, state, protocol, remote_addr, remote_port, Hook::Sendmsg)
+    // The bound source, or the one that comes with this datagram (IP_PKTINFO).
+    let borrowed = borrows(&kernel, state, &source_named(raw, v6));
+    outbound(&kernel, state, protocol, remote_addr, remote_port, Hook::Sendmsg, borrowed)
+}
+
+/// The source address of a `sendmsg`; unspecified = the kernel will choose one.
+#[inline(always)]
+fn source_named(ctx: *const bpf_sock_addr, v6: bool) -> Addr {
+    // SAFETY: the program's context; words are read one by one, as the verifier wants.
+    let mut addr = unsafe {
+        if v6 {
+            let w = (&raw const (*ctx).msg_src_ip6).cast::<u32>();
+            Addr::from_v6_be([
+                w.read_volatile(),
+                w.add(1).read_volatile(),
+                w.add(2).read_volatile(),
+                w.add(3).read_volatile(),
+            ])
+        } else {
+            Addr::from_v4_be((*ctx).msg_src_ip4)
+        }
+    };
+    blur_addr(&mut addr, opaque_zero());
+    addr
+}
+
+/// Does a workload send from an address that another namespace of this host has? Whoever is judged by that address would
+/// answer for it. IPv6 asks no capability for this, IPv4 asks for CAP_NET_ADMIN. A connection is told by its origin;
+/// a datagram has none. What is in no segment (a proxy of the host that speaks for its containers) may.
+#[inline(never)]
+pub fn borrows(kernel: &Kernel, state: &SocketState, source: &Addr) -> bool {
+    // Nearly always the choice is the kernel's: nothing to look up.
+    if *source == source.any_of_family() {
+        return false;
+    }
+    match kernel.address(source) {
+        Some(entry) if entry.netns != 0 && entry.netns != state.netns => kernel.local(state.local()).is_some(),
+        Some(_) | None => false,
+    }
+}
+
+/// The answer that [`borrows`] asks for. Not inlined, as `judge::what`.
+#[inline(never)]
+pub fn refuse_source(kernel: &Kernel, state: &SocketState, j: &mut Judgement) {
+    j.decision.reason = Reason::NotAuthenticated;
+    if let Some(local) = kernel.local(state.local())
+        && monitored(kernel, &local)
+    {
+        j.decision.verdict = Verdict::Audit;
+    }
+    let zero = opaque_zero();
+    blur(&mut j.decision.reason, zero);
+    blur(&mut j.decision.verdict, zero);
 }
 
 /// The kernel had no memory to remember this socket: the flow is judged each time, for the task that acts.
@@ -254,8 +306,10 @@ fn outbound(
     remote_addr: Addr,
     remote_port: u16,
     hook: Hook,
+    borrowed: bool,
 ) -> Answer {
-    if cached(state, kernel.generation)
+    if !borrowed
+        && cached(state, kernel.generation)
         && state.direction == Direction::Egress as u8
         && state.remote_port == remote_port
         && state.remote_addr == remote_addr
@@ -277,12 +331,17 @@ fn outbound(
         remote_port,
     };
     let mut j = unjudged();
-    let known = follow(kernel, &mut flow, &mut j);
-    if known == Known::Yes {
-        return Answer::Pass;
+    let mut known = Known::No;
+    if borrowed {
+        refuse_source(kernel, state, &mut j);
+    } else {
+        known = follow(kernel, &mut flow, &mut j);
+        if known == Known::Yes {
+            return Answer::Pass;
+        }
+        flow.direction = Direction::Egress;
+        judge(kernel, &flow, &mut j);
     }
-    flow.direction = Direction::Egress;
-    judge(kernel, &flow, &mut j);
     if j.decision.passes() {
         open(kernel, &flow, &j);
         if state.flags & SocketState::CONNECTED == 0 {
@@ -581,5 +640,5 @@ pub fn egress(ctx: &SkBuffContext) -> Answer {
     if !is_icmp(packet.protocol) {
         state.local_port = packet.source_port;
     }
-    outbound(&kernel, state, packet.protocol, packet.destination, packet.destination_port, Hook::Egress)
+    outbound(&kernel, state, packet.protocol, packet.destination, packet.destination_port, Hook::Egress, false)
 }

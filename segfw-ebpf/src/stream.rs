@@ -138,7 +138,11 @@ pub fn connect(ctx: &SockAddrContext, v6: bool) -> Answer {
     flow.local = state.local();
     flow.workload = state.workload;
     let mut j = unjudged();
-    judge(&kernel, &flow, &mut j);
+    if datagram && datagram::borrows(&kernel, state, &source_addr(sk)) {
+        datagram::refuse_source(&kernel, state, &mut j);
+    } else {
+        judge(&kernel, &flow, &mut j);
+    }
     remember(state, kernel.generation, &j);
     state.direction = Direction::Egress as u8;
     state.remote_addr = remote_addr;

@@ -243,8 +243,7 @@ impl Core {
         shared: Arc<Shared>,
         history: Arc<History>,
     ) -> anyhow::Result<Self> {
-        let store = Store::open(&config.state_dir)
-            .with_context(|| format!("cannot use the state folder {}", config.state_dir.display()))?;
+        let store = Store::new(&config.state_dir);
         let (saved, damaged) = store.load();
         let maps = sys::map_info(datapath.map("CONTROL")?).map(|i| i.id).context("read CONTROL")?;
         let active = datapath.active()?;

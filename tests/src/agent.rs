@@ -49,6 +49,13 @@ impl Agent {
 
     /// Starts the process; also after [`Self::kill`] or [`Self::stop`].
     pub fn launch(&mut self) -> Result<()> {
+        self.spawn()?;
+        // An agent in host monitor mode is as ready as it gets.
+        self.wait_until("enforces", |status| status["state"] == "ENFORCING" || status["state"] == "MONITOR")
+    }
+
+    /// Starts the process and does not wait.
+    pub fn spawn(&mut self) -> Result<()> {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log())?;
         let making = making();
         // `--netns=NAME` is ours: the agent runs in that namespace of the world, where its interfaces are.
@@ -83,8 +90,19 @@ impl Agent {
         fs::write(self.own_cgroup.join("cgroup.procs"), child.id().to_string())?;
         self.child = Some(child);
         drop(making);
-        // An agent in host monitor mode is as ready as it gets.
-        self.wait_until("enforces", |status| status["state"] == "ENFORCING" || status["state"] == "MONITOR")
+        Ok(())
+    }
+
+    /// Sends a signal to the process.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) -> Result<()> {
+        let child = self.child.as_ref().context("the agent does not run")?;
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
+        nix::sys::signal::kill(pid, signal).context("signalling the agent")
+    }
+
+    /// Where it keeps what survives it.
+    pub fn state_dir(&self) -> PathBuf {
+        self.folder.join("state")
     }
 
     /// Replaces the policy and waits until another revision is enforced.
@@ -136,14 +154,18 @@ impl Agent {
     }
 
     /// `segfw workloads`.
-    pub fn workloads(&self) -> Result<Value> {
-        let output = self.cli(&["workloads", "--output", "json"])?;
-        serde_json::from_slice(&output.stdout).with_context(|| explain(&output))
+    pub fn workloads(&self) -> Result<Vec<Value>> {
+        self.list(&["workloads", "--output", "json"])
     }
 
     /// `segfw flows`: the records, oldest first.
     pub fn flows(&self) -> Result<Vec<Value>> {
-        let output = self.cli(&["flows", "--last", "100000", "--output", "json"])?;
+        self.list(&["flows", "--last", "100000", "--output", "json"])
+    }
+
+    /// A verb that prints one value per line, or one list.
+    fn list(&self, args: &[&str]) -> Result<Vec<Value>> {
+        let output = self.cli(args)?;
         let mut records = Vec::new();
         for value in serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>() {
             let value = value.with_context(|| explain(&output))?;
@@ -175,7 +197,8 @@ impl Agent {
         self.folder.join("agent.log")
     }
 
-    fn wait_until(&mut self, what: &str, done: impl Fn(&Value) -> bool) -> Result<()> {
+    /// Asks for the status until `done`.
+    pub fn wait_until(&mut self, what: &str, done: impl Fn(&Value) -> bool) -> Result<()> {
         let end = Instant::now() + READY;
         let mut last = None;
         while Instant::now() < end {

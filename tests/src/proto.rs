@@ -52,6 +52,27 @@ pub enum Cmd {
     MoveCgroup { path: String },
     /// `unshare(CLONE_NEWNET)` and loopback up.
     Unshare,
+    /// `unshare(CLONE_NEWUSER | CLONE_NEWNET)` and loopback up, as any user may.
+    UnshareUser,
+    /// Gives `lo` one more address.
+    AddAddress { ip: String },
+    /// `sendmsg(2)` with `IP_PKTINFO` or `IPV6_PKTINFO`: the datagram is to leave from `source`.
+    SendFrom { h: u32, addr: String, source: String, data: String },
+    /// Connects `n` fresh TCP sockets, one after the other, and closes them; `n` of the answer = how many got EPERM,
+    /// `data` = the first other outcome.
+    Connects { addr: String, n: u32 },
+    /// One datagram to each of `ports` from each of `sockets` fresh sockets; `n` of the answer = how many went out.
+    Datagrams { ip: String, first: u16, ports: u16, sockets: u16 },
+    /// From now on runs on this CPU only.
+    Pin { cpu: usize },
+    /// Accepts on a listener and sends back what comes, in the background, until [`Cmd::CloseAll`].
+    Serve { h: u32 },
+    /// In the background: a request and its answer over and over on a connection. See [`Cmd::Tally`].
+    Chat { h: u32 },
+    /// In the background: connects fresh sockets over and over. See [`Cmd::Tally`].
+    Retry { addr: String },
+    /// Ends `Chat` and `Retry`; the answer's `data` is a [`Tally`].
+    Tally,
     /// Writes a file, for sysctls of the own network namespace.
     Write { path: String, value: String },
     /// `close(2)`.
@@ -83,4 +104,19 @@ pub struct Reply {
     /// How long it took, in microseconds.
     #[serde(default)]
     pub us: u64,
+}
+
+/// What happened in the background.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Tally {
+    /// Requests that were answered.
+    pub answered: u64,
+    /// The longest wait for an answer, in microseconds.
+    pub longest_us: u64,
+    /// How the conversation broke, if it did.
+    pub broken: String,
+    /// Connects that were tried.
+    pub tried: u64,
+    /// Those that stood.
+    pub stood: u64,
 }

@@ -1,7 +1,9 @@
 //! The table itself: [`all`] makes every row from the matrix and from the list of bypasses.
 
+mod attacks;
 mod bypass;
 mod changes;
+mod faults;
 mod matrix;
 mod situations;
 
@@ -10,7 +12,9 @@ use crate::world::{net, v4_of, v6_of};
 
 /// Every group, the slowest first: that makes a parallel run short.
 pub fn all() -> Vec<Group> {
-    let mut groups = bypass::groups();
+    let mut groups = faults::groups();
+    groups.extend(bypass::groups());
+    groups.extend(attacks::groups());
     groups.extend(changes::groups());
     groups.extend(situations::groups());
     groups.extend(matrix::groups());

@@ -223,7 +223,8 @@ pub fn endpoints(
 /// Addresses of all namespaces, and who can be told by the address alone.
 pub fn addresses(survey: &Survey, identity_of: impl Fn(&str) -> u32) -> BTreeMap<Addr, AddressEntry> {
     let mut all: BTreeMap<Addr, AddressEntry> = BTreeMap::new();
-    for namespace in &survey.namespaces {
+    // A workload that gives itself the address of its database in a namespace of its own is not that database.
+    for namespace in survey.namespaces.iter().filter(|n| !n.self_made) {
         // In the host's own namespace anybody may be behind an address; where nobody listens, it is the host.
         let identities: BTreeSet<u32> = namespace.cgroups.iter().map(|path| identity_of(path)).collect();
         let alone = if identities.len() == 1 { identities.first().copied() } else { None };

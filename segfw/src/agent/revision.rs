@@ -95,11 +95,10 @@ pub struct Store {
 }
 
 impl Store {
-    /// In `dir`, which is made if absent (mode 0700).
-    pub fn open(dir: &Path) -> std::io::Result<Self> {
-        use std::os::unix::fs::DirBuilderExt;
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        Ok(Self { path: dir.join("state.json") })
+    /// In `dir`, which is made when something is saved (mode 0700). A folder that cannot be used keeps nobody from
+    /// starting: after a boot that would leave the host open.
+    pub fn new(dir: &Path) -> Self {
+        Self { path: dir.join("state.json") }
     }
 
     /// What was saved; `None` = nothing, or nothing that can be read (then it is said why).
@@ -117,13 +116,14 @@ impl Store {
     /// Writes aside, flushes, renames, flushes the folder: after a power cut the old or the new state is there, whole.
     pub fn save(&self, saved: &Saved) -> std::io::Result<()> {
         use std::io::Write;
-        use std::os::unix::fs::OpenOptionsExt;
+        use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+        let dir = self.path.parent().unwrap_or(Path::new("."));
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let aside = self.path.with_extension("new");
         let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
         file.write_all(&serde_json::to_vec(saved)?)?;
         file.sync_all()?;
         std::fs::rename(&aside, &self.path)?;
-        let dir = self.path.parent().unwrap_or(Path::new("."));
         std::fs::File::open(dir)?.sync_all()
     }
 }
@@ -135,7 +135,7 @@ mod tests {
     #[test]
     fn a_damaged_state_is_said_and_not_used() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
+        let store = Store::new(dir.path());
         assert!(matches!(store.load(), (None, None)));
         let mut saved = Saved { revision: 7, ..Saved::default() };
         let _ = saved.numbers.rule("p", "r");

@@ -24,6 +24,8 @@ pub const MAX_NAMESPACES: usize = 8_192;
 
 /// include/uapi/linux/sockios.h: a descriptor of the socket's network namespace.
 const SIOCGSKNS: libc::Ioctl = 0x894c;
+/// include/uapi/linux/nsfs.h: a descriptor of the user namespace that owns a namespace (4.9).
+const NS_GET_USERNS: libc::Ioctl = 0xb701;
 
 /// What goes wrong with namespaces.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +62,9 @@ pub struct Namespace {
     pub mounts: Vec<PathBuf>,
     /// The namespace of this process.
     pub own: bool,
+    /// Another user namespace owns it: any user may make one like this, and is root in it. Addresses there are what
+    /// that user likes to call himself, no evidence of anything.
+    pub self_made: bool,
     fd: OwnedFd,
 }
 
@@ -177,7 +182,18 @@ pub fn survey_with(cookie: impl Fn() -> Result<u64, Error> + Send) -> Result<Sur
             let cookie = cookie()?;
             match current_addresses() {
                 Ok(addresses) => {
-                    survey.namespaces.push(Namespace { cookie, inode, addresses, pids, cgroups, mounts, own, fd })
+                    let self_made = !own && self_made(&fd);
+                    survey.namespaces.push(Namespace {
+                        cookie,
+                        inode,
+                        addresses,
+                        pids,
+                        cgroups,
+                        mounts,
+                        own,
+                        self_made,
+                        fd,
+                    })
                 }
                 Err(error) => survey.skipped.push((first, format!("cannot list addresses: {error}"))),
             }
@@ -185,6 +201,21 @@ pub fn survey_with(cookie: impl Fn() -> Result<u64, Error> + Send) -> Result<Sur
         survey.namespaces.sort_unstable_by_key(|n| n.cookie);
         Ok(survey)
     })
+}
+
+/// Does another user namespace than ours own this one? In doubt, yes.
+fn self_made(namespace: &OwnedFd) -> bool {
+    // SAFETY: the request takes no argument; a result that is not negative is a new descriptor that nobody else owns.
+    let owner = unsafe {
+        let fd = libc::ioctl(namespace.as_raw_fd(), NS_GET_USERNS);
+        if fd < 0 {
+            return true;
+        }
+        File::from(OwnedFd::from_raw_fd(fd))
+    };
+    let inode = |meta: io::Result<fs::Metadata>| meta.ok().map(|m| m.ino());
+    let ours = inode(fs::metadata("/proc/self/ns/user"));
+    ours.is_none() || inode(owner.metadata()) != ours
 }
 
 struct Found {

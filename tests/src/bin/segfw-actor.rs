@@ -7,13 +7,15 @@
 use anyhow::{Context, Result};
 use io_uring::{IoUring, opcode, types};
 use libc::{c_int, c_void, socklen_t};
-use segfw_tests::proto::{Cmd, Reply};
+use segfw_tests::proto::{Cmd, Reply, Tally};
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::io::{BufRead, Write};
 use std::mem::{size_of, zeroed};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 fn main() -> Result<()> {
@@ -58,6 +60,11 @@ type Did = Result<Reply, c_int>;
 struct Actor {
     handles: BTreeMap<u32, OwnedFd>,
     last: u32,
+    background: Vec<std::thread::JoinHandle<()>>,
+    stop: Arc<AtomicBool>,
+    servers: Vec<std::thread::JoinHandle<()>>,
+    closed: Arc<AtomicBool>,
+    tally: Arc<Mutex<Tally>>,
 }
 
 fn errno() -> c_int {
@@ -240,6 +247,11 @@ impl Actor {
         self.handles.get(&h).map(AsRawFd::as_raw_fd).ok_or(libc::EBADF)
     }
 
+    fn dup(&self, h: u32) -> Result<OwnedFd, c_int> {
+        let fd = self.handles.get(&h).ok_or(libc::EBADF)?;
+        fd.as_fd().try_clone_to_owned().map_err(|e| e.raw_os_error().unwrap_or(libc::EMFILE))
+    }
+
     fn obey(&mut self, cmd: Cmd) -> Did {
         let done = Reply::default();
         match cmd {
@@ -365,12 +377,89 @@ impl Actor {
                 nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).map_err(|e| e as c_int)?;
                 loopback_up().map(|()| done)
             }
+            Cmd::UnshareUser => {
+                use nix::sched::CloneFlags;
+                nix::sched::unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET).map_err(|e| e as c_int)?;
+                loopback_up().map(|()| done)
+            }
+            Cmd::AddAddress { ip } => add_address(ip.parse().map_err(|_| libc::EINVAL)?).map(|()| done),
+            Cmd::SendFrom { h, addr, source, data } => {
+                let source = source.parse().map_err(|_| libc::EINVAL)?;
+                send_from(self.fd(h)?, address(&addr)?, source, data.as_bytes()).map(|()| done)
+            }
+            Cmd::Connects { addr, n } => {
+                let to = address(&addr)?;
+                let (mut refused, mut other) = (0, String::new());
+                for _ in 0..n {
+                    let fd = fresh(to, libc::SOCK_STREAM)?;
+                    let (name, len) = raw(to);
+                    // SAFETY: name is valid for len.
+                    match check(unsafe { libc::connect(fd.as_raw_fd(), (&raw const name).cast(), len) }) {
+                        Err(libc::EPERM) => refused += 1,
+                        Err(no) if other.is_empty() => other = format!("{:?}", nix::errno::Errno::from_raw(no)),
+                        Ok(_) if other.is_empty() => other = "connected".to_owned(),
+                        _ => {}
+                    }
+                }
+                Ok(Reply { n: refused, data: other, ..done })
+            }
+            Cmd::Datagrams { ip, first, ports, sockets } => {
+                let ip: IpAddr = ip.parse().map_err(|_| libc::EINVAL)?;
+                let (mut sent, mut other) = (0, String::new());
+                for _ in 0..sockets {
+                    let fd = fresh(SocketAddr::new(ip, first), libc::SOCK_DGRAM)?;
+                    for port in 0..ports {
+                        match send_to(fd.as_raw_fd(), b"x", 0, Some(SocketAddr::new(ip, first + port))) {
+                            Ok(_) => sent += 1,
+                            Err(no) if other.is_empty() => other = format!("{:?}", nix::errno::Errno::from_raw(no)),
+                            Err(_) => {}
+                        }
+                    }
+                }
+                Ok(Reply { n: sent, data: other, ..done })
+            }
+            Cmd::Pin { cpu } => {
+                let mut set = nix::sched::CpuSet::new();
+                set.set(cpu).map_err(|e| e as c_int)?;
+                nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set)
+                    .map(|()| done)
+                    .map_err(|e| e as c_int)
+            }
+            Cmd::Serve { h } => {
+                let (listener, closed) = (self.dup(h)?, Arc::clone(&self.closed));
+                self.servers.push(std::thread::spawn(move || serve(&listener, &closed)));
+                Ok(done)
+            }
+            Cmd::Chat { h } => {
+                let (fd, stop, tally) = (self.dup(h)?, Arc::clone(&self.stop), Arc::clone(&self.tally));
+                self.background.push(std::thread::spawn(move || chat(&fd, &stop, &tally)));
+                Ok(done)
+            }
+            Cmd::Retry { addr } => {
+                let (to, stop, tally) = (address(&addr)?, Arc::clone(&self.stop), Arc::clone(&self.tally));
+                self.background.push(std::thread::spawn(move || retry(to, &stop, &tally)));
+                Ok(done)
+            }
+            Cmd::Tally => {
+                self.stop.store(true, Ordering::Relaxed);
+                for thread in self.background.drain(..) {
+                    let _ = thread.join();
+                }
+                self.stop.store(false, Ordering::Relaxed);
+                let tally = std::mem::take(&mut *self.tally.lock().unwrap_or_else(PoisonError::into_inner));
+                Ok(Reply { data: serde_json::to_string(&tally).map_err(|_| libc::EIO)?, ..done })
+            }
             Cmd::Write { path, value } => {
                 std::fs::write(path, value).map(|()| done).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
             }
             Cmd::Close { h } => self.handles.remove(&h).map(|_| done).ok_or(libc::EBADF),
             Cmd::CloseAll => {
                 self.handles.clear();
+                self.closed.store(true, Ordering::Relaxed);
+                for thread in self.servers.drain(..) {
+                    let _ = thread.join();
+                }
+                self.closed.store(false, Ordering::Relaxed);
                 Ok(done)
             }
         }
@@ -532,4 +621,133 @@ fn loopback_up() -> Result<(), c_int> {
     // SAFETY: request is a valid ifreq.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) })?;
     Ok(())
+}
+
+/// A socket for this destination.
+fn fresh(to: SocketAddr, kind: c_int) -> Result<OwnedFd, c_int> {
+    let domain = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    // SAFETY: no pointers.
+    let fd = check(unsafe { libc::socket(domain, kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Sends back what comes, for every connection.
+fn serve(listener: &OwnedFd, closed: &AtomicBool) {
+    while !closed.load(Ordering::Relaxed) {
+        if wait(listener.as_raw_fd(), libc::POLLIN, 20).is_err() {
+            continue;
+        }
+        // SAFETY: no address is asked for.
+        let fd = unsafe {
+            libc::accept4(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC)
+        };
+        if fd < 0 {
+            continue;
+        }
+        // SAFETY: the kernel just gave us this descriptor.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        std::thread::spawn(move || {
+            let mut buffer = [0; 64];
+            while let Ok((n, _)) = recv(fd.as_raw_fd(), 600_000, &mut buffer) {
+                if n == 0 || send_to(fd.as_raw_fd(), &buffer[..n], 0, None).is_err() {
+                    break;
+                }
+            }
+        });
+    }
+}
+
+/// One request, one answer, and again. An answer that takes ten seconds counts as a break.
+fn chat(fd: &OwnedFd, stop: &AtomicBool, tally: &Mutex<Tally>) {
+    let mut buffer = [0; 64];
+    while !stop.load(Ordering::Relaxed) {
+        let start = Instant::now();
+        let result =
+            send_to(fd.as_raw_fd(), b"request", 0, None).and_then(|_| recv(fd.as_raw_fd(), 10_000, &mut buffer));
+        let took = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let mut tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
+        tally.longest_us = tally.longest_us.max(took);
+        match result {
+            Ok((n, _)) if n > 0 => tally.answered += 1,
+            Ok(_) => tally.broken = "the other end closed".to_owned(),
+            Err(no) => tally.broken = format!("{:?}", nix::errno::Errno::from_raw(no)),
+        }
+        if !tally.broken.is_empty() {
+            break;
+        }
+        drop(tally);
+        std::thread::sleep(Duration::from_micros(500));
+    }
+}
+
+fn retry(to: SocketAddr, stop: &AtomicBool, tally: &Mutex<Tally>) {
+    while !stop.load(Ordering::Relaxed) {
+        let Ok(fd) = fresh(to, libc::SOCK_STREAM) else { continue };
+        let (name, len) = raw(to);
+        // SAFETY: name is valid for len.
+        let began = check(unsafe { libc::connect(fd.as_raw_fd(), (&raw const name).cast(), len) });
+        let stood = connected(fd.as_raw_fd(), began, 20).is_ok();
+        let mut tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
+        tally.tried += 1;
+        tally.stood += u64::from(stood);
+        drop(tally);
+        std::thread::sleep(Duration::from_micros(500));
+    }
+}
+
+fn add_address(ip: IpAddr) -> Result<(), c_int> {
+    let domain = if ip.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    // SAFETY: no pointers.
+    let fd = check(unsafe { libc::socket(domain, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: the kernel just gave us this descriptor.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    match ip {
+        IpAddr::V4(_) => {
+            // SAFETY: all zero is a valid ifreq.
+            let mut request: libc::ifreq = unsafe { zeroed() };
+            for (to, from) in request.ifr_name.iter_mut().zip(b"lo:1") {
+                *to = *from as libc::c_char;
+            }
+            let (name, _) = raw(SocketAddr::new(ip, 0));
+            // SAFETY: a sockaddr_in is as long as a sockaddr, and lies at the start of the storage.
+            request.ifr_ifru.ifru_addr = unsafe { *(&raw const name).cast::<libc::sockaddr>() };
+            // SAFETY: request is a valid ifreq.
+            check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::SIOCSIFADDR, &raw const request) })?;
+        }
+        IpAddr::V6(v6) => {
+            /// `struct in6_ifreq` of linux/ipv6.h.
+            #[repr(C)]
+            struct Request {
+                addr: [u8; 16],
+                prefix: u32,
+                index: c_int,
+            }
+            let request = Request { addr: v6.octets(), prefix: 128, index: 1 };
+            // SAFETY: request is a valid in6_ifreq.
+            check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::SIOCSIFADDR, &raw const request) })?;
+        }
+    }
+    Ok(())
+}
+
+fn send_from(fd: c_int, to: SocketAddr, source: IpAddr, data: &[u8]) -> Result<(), c_int> {
+    use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
+    let part = [std::io::IoSlice::new(data)];
+    let to = SockaddrStorage::from(to);
+    let sent = match source {
+        IpAddr::V4(ip) => {
+            let info = libc::in_pktinfo {
+                ipi_ifindex: 0,
+                ipi_spec_dst: libc::in_addr { s_addr: u32::from_ne_bytes(ip.octets()) },
+                ipi_addr: libc::in_addr { s_addr: 0 },
+            };
+            sendmsg(fd, &part, &[ControlMessage::Ipv4PacketInfo(&info)], MsgFlags::empty(), Some(&to))
+        }
+        IpAddr::V6(ip) => {
+            let info = libc::in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: ip.octets() }, ipi6_ifindex: 0 };
+            sendmsg(fd, &part, &[ControlMessage::Ipv6PacketInfo(&info)], MsgFlags::empty(), Some(&to))
+        }
+    };
+    sent.map(drop).map_err(|e| e as c_int)
 }
