@@ -478,6 +478,16 @@ fn accepted(ops: *mut bpf_sock_ops) {
     watch(ops);
     let kernel = Kernel::read();
     let (local_addr, remote_addr, local_port, remote_port) = ends_of(ops);
+    // Both ends called at once (simultaneous open): the kernel says "passive" of the caller's own socket, whose SYN was
+    // judged. A listener's child never looks like this: `listens` takes the answer off the listener.
+    if state.verdict != 0
+        && state.flags & SocketState::LOGGED != 0
+        && state.direction == Direction::Egress as u8
+        && state.remote_port == remote_port
+        && state.remote_addr == remote_addr
+    {
+        return;
+    }
     refresh(state);
     let flow = Flow {
         direction: Direction::Ingress,

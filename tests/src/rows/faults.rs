@@ -387,6 +387,7 @@ fn chaos() -> Group {
         row("50-reloads-under-traffic", reloads, PORT, Expect::Open),
         row("restart-adopts-links", adopts, PORT, Expect::Open),
         row("bad-revision-between-good-ones", bad_between, PORT, Expect::Open),
+        row("policy-over-capacity-is-refused", over_capacity, PORT, Expect::Open),
         row("sighup-reloads", sighup, PORT, Expect::Open),
         row("agent-gone-enforcement-stays", gone, PORT, Expect::Open),
         tcp("denied-egress", OTHER, Expect::Eperm),
@@ -520,6 +521,30 @@ fn adopts(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
 }
 
 fn bad_between(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
+    let unknown_key = "apiVersion: segfw.dev/v1\nkind: Segment\nmetadata: {name: x}\nspec: {selct: {}}\n".to_owned();
+    refused_between(stage, shot, &[("kind: [unclosed".to_owned(), ""), (unknown_key, "selct")])
+}
+
+/// More rule entries than a generation holds: 1,100 identities that may go to 1,000 prefixes.
+fn over_capacity(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
+    let mut yaml = Yaml(stage.policy.clone());
+    for i in 0..1100 {
+        yaml.0 += &format!(
+            "---\napiVersion: segfw.dev/v1\nkind: Workload\nmetadata: {{name: w{i}}}\nspec:\n  match: [{{cgroup: /nowhere/w{i}}}]\n  labels: {{app: many, n: w{i}}}\n"
+        );
+    }
+    let prefixes: Vec<String> = (0..1000).map(|i| format!("10.{}.{}.0/24", 100 + i / 250, i % 250)).collect();
+    yaml.segment("many", "select: {app: many}", &[]).segment(
+        "far",
+        &format!("addresses: [{}]", prefixes.join(", ")),
+        &[],
+    );
+    yaml.allow("too-much", "many", "far", "tcp/443");
+    refused_between(stage, shot, &[(yaml.0, "rule too-much/too-much"), (String::from("x"), "")])
+}
+
+/// Each of `bad` is refused with `word` among the reasons, and changes nothing.
+fn refused_between(stage: &mut Stage, shot: &Shot, bad: &[(String, &str)]) -> Result<Outcome> {
     if !shot.enforced {
         return quiet(stage, shot);
     }
@@ -528,14 +553,16 @@ fn bad_between(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
         let agent = stage.agent()?;
         let before = digest(&agent.status()?);
         ensure!(before.is_some(), "no digest");
-        for bad in
-            ["kind: [unclosed", "apiVersion: segfw.dev/v1\nkind: Segment\nmetadata: {name: x}\nspec: {selct: {}}\n"]
-        {
+        for (bad, word) in bad {
             agent.write(bad)?;
             agent.wait_until("is degraded by a bad revision", |s| s["state"] == "DEGRADED")?;
             let status = agent.status()?;
             ensure!(digest(&status) == before, "another revision is in force");
-            ensure!(status.to_string().contains("the newest revision was refused"), "no reason: {}", status["reasons"]);
+            let (reasons, refused) = (status["reasons"].to_string(), status["refused"].to_string());
+            ensure!(reasons.contains("the newest revision was refused"), "no reason: {reasons}");
+            ensure!(refused.contains(word), "no {word:?} in {refused}");
+            let over = refused.contains("of 1048576 rule entries");
+            ensure!(over == (bad.len() > 100_000), "capacity: {refused}");
             agent.write(&policy)?;
             agent.wait_until("enforces again", |s| s["state"] == "ENFORCING")?;
             ensure!(digest(&agent.status()?) == before, "the good revision has another digest");
