@@ -10,10 +10,12 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 
+type Step = (&'static str, fn(&mut Stage) -> Result<()>);
+
 pub(crate) fn run(_: &Options, tally: &mut Tally) -> Result<()> {
     let scratch = Scratch::new()?;
     let mut stage = Stage::new(&scratch)?;
-    let steps: [(&str, fn(&mut Stage) -> Result<()>); 6] = [
+    let steps: [Step; 6] = [
         ("the first agent attaches", Stage::attaches),
         ("the same agent adopts its own links", Stage::adopts),
         ("the second agent puts its programs behind the same links", Stage::replaces),
