@@ -3,7 +3,8 @@
 use crate::maps::{cgroup, socket_state, socket_state_or_new};
 use aya_ebpf::bindings::{__sk_buff, bpf_sock};
 use aya_ebpf::helpers::generated::{
-    bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id,
+    bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_skb_ancestor_cgroup_id,
+    bpf_skb_cgroup_id,
 };
 use core::ffi::c_void;
 use segfw_common::{Addr, CgroupEntry, Identity, Party, SocketState, bounds};
@@ -62,13 +63,23 @@ pub fn resolve_current(state: &mut SocketState) {
     state.workload = party.workload;
 }
 
-/// Writes who owns the socket of a packet into its state.
+/// 1 where cgroup_skb programs may call `bpf_get_netns_cookie`; set by the loader, a constant for the verifier.
+#[unsafe(no_mangle)]
+static HAS_SKB_NETNS: u32 = 1;
+
+/// Writes who owns the socket of a packet into its state, and where the socket is. Without the latter (older kernels) a
+/// socket that is older than the agent does not know its peers on loopback until its process uses it.
 #[inline(never)]
 pub fn resolve_skb(skb: *mut __sk_buff, state: &mut SocketState) {
     // SAFETY: `skb` is the program's context.
     let own = unsafe { bpf_skb_cgroup_id(skb) };
     // SAFETY: as above.
     let party = resolve(own, |level| unsafe { bpf_skb_ancestor_cgroup_id(skb, level) });
+    // SAFETY: a plain read that the compiler may not fold, since the loader changes the value.
+    if state.netns == 0 && unsafe { core::ptr::read_volatile(&raw const HAS_SKB_NETNS) } != 0 {
+        // SAFETY: `skb` is the program's context.
+        state.netns = unsafe { bpf_get_netns_cookie(skb.cast()) };
+    }
     state.cgroup = own;
     state.identity = party.identity;
     state.workload = party.workload;
@@ -90,6 +101,9 @@ pub fn refresh(state: &mut SocketState) {
 #[inline(always)]
 pub fn of_process<'a>(sk: *mut c_void, netns: u64, protocol: u16) -> Option<&'a mut SocketState> {
     if let Some(state) = socket_state(sk) {
+        if state.netns == 0 {
+            state.netns = netns;
+        }
         return Some(state);
     }
     let state = socket_state_or_new(sk)?;

@@ -10,10 +10,11 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 
+type Step = (&'static str, fn(&mut Stage) -> Result<()>);
+
 pub(crate) fn run(_: &Options, tally: &mut Tally) -> Result<()> {
     let scratch = Scratch::new()?;
     let mut stage = Stage::new(&scratch)?;
-    type Step = (&'static str, fn(&mut Stage) -> Result<()>);
     let steps: [Step; 6] = [
         ("the first agent attaches", Stage::attaches),
         ("the same agent adopts its own links", Stage::adopts),

@@ -17,6 +17,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const SWITCHES: usize = 200;
 const OUTER: [&str; 5] = ["CLASSES", "RULES", "TIMELINE", "LOCALS", "PREFIXES"];
 
+/// What it does to tables, and how.
+type Change = (&'static str, fn(&mut Tables));
+
 pub(crate) fn run(options: &Options, tally: &mut Tally) -> Result<()> {
     let scratch = Scratch::new()?;
     let datapath = Datapath::load(scratch.pins())?;
@@ -137,7 +140,6 @@ fn reads_back(datapath: &Datapath, pair: &Pair) -> Result<()> {
     // And a difference anywhere is one in the digest.
     let tables = &pair.tables[0];
     let want = tables.digest();
-    type Change = (&'static str, fn(&mut Tables));
     let changes: [Change; 6] = [
         ("a class", |t| t.classes[0][80] ^= 1),
         ("a rule's number", |t| t.rules.values_mut().for_each(|e| e.rule ^= 1)),
@@ -188,9 +190,7 @@ fn same(datapath: &Datapath, pair: &Pair, active: Active) -> Result<()> {
     Ok(())
 }
 
-type Failure = (&'static str, fn(&mut Tables));
-
-fn failures() -> [Failure; 6] {
+fn failures() -> [Change; 6] {
     fn key(bits: u32, last: u8) -> PrefixKey {
         PrefixKey { bits, addr: Addr::v4([203, 0, 113, last]) }
     }

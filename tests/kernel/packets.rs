@@ -5,7 +5,8 @@ use crate::frames::*;
 use crate::memory::{Known, Memory, boot_ns};
 use crate::{Options, Tally};
 use anyhow::{Result, bail, ensure};
-use segfw::datapath::Datapath;
+use segfw::datapath::{Datapath, sys};
+use segfw::host::netns::current_cookie;
 use segfw::policy::Tables;
 use segfw::policy::compile::testing::{labels, rule, segment};
 use segfw::policy::compile::{Clock, compile};
@@ -58,10 +59,12 @@ struct Scene {
     flows: Vec<(FlowKey, FlowValue)>,
     db: Identity,
     watched: Identity,
+    /// Cookie of the namespace in which the kernel makes its test sockets, as far as the hook can tell.
+    here: u64,
 }
 
 impl Scene {
-    fn new() -> Self {
+    fn new() -> Result<Self> {
         let mut policy = HostPolicy::default();
         for (name, select) in [("db", "app=db"), ("watched", "app=watched"), ("web", "app=web")] {
             policy.segments.push(segment(name, select));
@@ -120,8 +123,9 @@ impl Scene {
             let seen = boot_ns().wrapping_sub(idle * 1_000_000_000);
             (key, FlowValue { seen, generation: 1, local: db.0, direction: 1, ..FlowValue::default() })
         };
-        let flows = vec![flow(NETNS, 2222, 0), flow(0, 2222, 0), flow(NETNS, 3333, 200), flow(0, 3333, 200)];
-        Self { tables, known, flows, db, watched }
+        let here = if sys::skb_knows_netns() { current_cookie()? } else { 0 };
+        let flows = vec![flow(NETNS, 2222, 0), flow(here, 2222, 0), flow(NETNS, 3333, 200), flow(here, 3333, 200)];
+        Ok(Self { tables, known, flows, db, watched, here })
     }
 
     /// What the owner of the listener would say of a packet, if there is one.
@@ -143,7 +147,7 @@ impl Scene {
         Some((flow, decide(&memory, &flow, &peer)))
     }
 
-    /// What the receiving hook has to say to a socket of `local` that is in no known namespace.
+    /// What the receiving hook has to say to a socket of `local`.
     fn socket_passes(&self, ip: &[u8], local: Identity) -> bool {
         let memory = Memory::new(&self.tables, &self.known, 0);
         let Ok(p) = packet::parse(ip, 0) else {
@@ -155,7 +159,7 @@ impl Scene {
             _ => false,
         };
         let live = self.flows.iter().any(|(key, value)| {
-            key.netns == 0
+            key.netns == self.here
                 && key.remote == p.source
                 && (key.remote_port, key.local_port, key.protocol) == (p.source_port, p.destination_port, p.protocol)
                 && value.local == local.0
@@ -166,7 +170,7 @@ impl Scene {
             protocol: p.protocol,
             local,
             workload: 1,
-            netns: 0,
+            netns: self.here,
             local_addr: p.destination,
             remote_addr: p.source,
             local_port: p.destination_port,
@@ -364,7 +368,7 @@ fn cuts() -> Vec<(&'static str, Vec<u8>, usize)> {
 pub(crate) fn run(_: &Options, tally: &mut Tally) -> Result<()> {
     let scratch = Scratch::new()?;
     let datapath = Datapath::load(scratch.pins())?;
-    let scene = Scene::new();
+    let scene = Scene::new()?;
     let rows = rows();
 
     // As long as something is missing, everything passes.
@@ -457,7 +461,7 @@ fn receiving(datapath: &Datapath, scene: &Scene, rows: &[Row], tally: &mut Tally
                 Ok(())
             });
             seen[usize::from(want)] += 1;
-            forget_flow(datapath, ip)?;
+            forget_flow(datapath, scene.here, ip)?;
             tally.count(format!("socket of {who}: {}", row.name), result);
         }
     }
@@ -471,7 +475,7 @@ fn receiving(datapath: &Datapath, scene: &Scene, rows: &[Row], tally: &mut Tally
 }
 
 /// A packet that is let through opens a flow; the next row must not find it.
-fn forget_flow(datapath: &Datapath, ip: &[u8]) -> Result<()> {
+fn forget_flow(datapath: &Datapath, netns: u64, ip: &[u8]) -> Result<()> {
     let Ok(p) = packet::parse(ip, 0) else { return Ok(()) };
     let (remote_port, local_port) = match Proto::from_ip(p.protocol) {
         Proto::Icmp | Proto::Icmpv6 => (0, 0),
@@ -482,7 +486,7 @@ fn forget_flow(datapath: &Datapath, ip: &[u8]) -> Result<()> {
     if (remote_port, p.protocol) == (2222, ipproto::UDP) {
         return Ok(());
     }
-    let key = FlowKey { netns: 0, remote: p.source, remote_port, local_port, protocol: p.protocol, pad: 0 };
+    let key = FlowKey { netns, remote: p.source, remote_port, local_port, protocol: p.protocol, pad: 0 };
     let _ = datapath.remove_flow(&key)?;
     Ok(())
 }

@@ -64,7 +64,9 @@ impl Datapath {
         raise_memlock();
         let retval: u32 = u32::from(kernel_at_least(5, 18));
         let mut loader = EbpfLoader::new();
+        let skb_netns = u32::from(sys::skb_knows_netns());
         let _ = loader.override_global("HAS_SET_RETVAL", &retval, true);
+        let _ = loader.override_global("HAS_SKB_NETNS", &skb_netns, true);
         for name in PINNED_MAPS {
             let _ = loader.map_pin_path(name, dir.join(name));
         }

@@ -101,21 +101,22 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+type Pick = fn(Cost) -> f64;
+
 fn report(
     title: &str,
     operations: u32,
     costs: &[(Setup, Cost, Cost)],
     of: fn(&(Setup, Cost, Cost)) -> Cost,
 ) -> serde_json::Value {
-    let sorted = |setup: Setup, pick: fn(Cost) -> f64| {
+    let sorted = |setup: Setup, pick: Pick| {
         let mut all: Vec<f64> = costs.iter().filter(|c| c.0 == setup).map(|c| pick(of(c))).collect();
         all.sort_by(f64::total_cmp);
         all
     };
     let minimum = |all: &[f64]| all[0];
     let median = |all: &[f64]| (all[(all.len() - 1) / 2] + all[all.len() / 2]) / 2.0;
-    type Pick = (&'static str, fn(Cost) -> f64);
-    let pick: [Pick; 2] = [("cpu", |c| c.cpu), ("wall", |c| c.wall)];
+    let pick: [(&str, Pick); 2] = [("cpu", |c| c.cpu), ("wall", |c| c.wall)];
     let mut out = serde_json::Map::new();
     let _ = out.insert("operations_per_round".into(), operations.into());
     eprintln!("\n{title}");
