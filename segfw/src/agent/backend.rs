@@ -262,7 +262,7 @@ const GOLDEN: [&str; 3] = [
 ];
 
 /// What the hooks of this version do not see (threats-and-faults, O1 and O15).
-const UNCOVERED: [(&str, &str); 4] = [
+const UNCOVERED: [(&str, &str); 7] = [
     (
         "packet sockets (AF_PACKET, AF_XDP)",
         "a process with CAP_NET_RAW can send any frame, unjudged; a peer with segfw still judges it on arrival",
@@ -272,6 +272,18 @@ const UNCOVERED: [(&str, &str); 4] = [
     (
         "inbound ICMP echo",
         "the kernel answers it before any socket; rules that would have to refuse it are refused at compile time",
+    ),
+    (
+        "source routes (IPv4 LSRR and SSRR, IPv6 routing header)",
+        "a datagram for an allowed destination can be sent by way of a host that is not; it can read it, not answer",
+    ),
+    (
+        "source addresses that are not this host's (IPV6_FREEBIND, IP_TRANSPARENT)",
+        "a workload can send a datagram under a foreign address; a receiver, here or elsewhere, that knows its peer by prefix believes it",
+    ),
+    (
+        "a rule that expires while the agent is away",
+        "new flows and all that arrives are refused, but connected UDP sockets can still send, and TCP what fits the window",
     ),
 ];
 
