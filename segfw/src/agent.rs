@@ -79,6 +79,8 @@ pub struct Core {
     history: Arc<History>,
     attached: bool,
     last_survey: Option<std::time::Instant>,
+    /// Boot time before which every answer that changes by itself was looked at.
+    looked: u64,
 }
 
 /// Shared between the tasks.
@@ -297,6 +299,7 @@ impl Core {
             history,
             attached: active.generation != 0,
             last_survey: None,
+            looked: 0,
         };
         // What an earlier agent registered is what the kernel holds.
         core.cgroups = core.datapath.cgroups()?.into_iter().collect();
@@ -648,6 +651,7 @@ impl Core {
 
     /// Compares addresses, endpoints and live connections with the kernel.
     fn survey(&mut self) {
+        self.looked = proc::boot_ns().unwrap_or(0);
         let survey = match netns::survey() {
             Ok(mut survey) => {
                 survey.namespaces.retain(|n| self.is_ours(n));
@@ -770,7 +774,8 @@ impl Core {
     fn deadline(&self) -> Duration {
         let now = proc::boot_ns().unwrap_or(0);
         let tables = self.in_force.as_ref().map(|f| &f.tables);
-        let next = tables.and_then(|t| live::next_deadline(t, now));
+        // One that passed while something else was under way, or while the agent was stopped, is due now.
+        let next = tables.and_then(|t| live::next_deadline(t, self.looked));
         let refresh = tables.and_then(|t| t.refresh_at);
         let drain = self.draining.values().min().copied();
         let next = [next, refresh, drain].into_iter().flatten().min().unwrap_or(u64::MAX);

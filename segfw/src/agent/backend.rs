@@ -263,7 +263,7 @@ const GOLDEN: [&str; 3] = [
 ];
 
 /// What the hooks of this version do not see (threats-and-faults, O1 and O15).
-const UNCOVERED: [(&str, &str); 7] = [
+const UNCOVERED: [(&str, &str); 9] = [
     (
         "workloads that start at a path nobody has named, while no agent runs",
         "paths that ran here before, and those that a document names without a wildcard, are known to the kernel; others \
@@ -283,6 +283,14 @@ const UNCOVERED: [(&str, &str); 7] = [
     (
         "inbound ICMP echo",
         "the kernel answers it before any socket; rules that would have to refuse it are refused at compile time",
+    ),
+    (
+        "source routes (IPv4 LSRR and SSRR, IPv6 routing header)",
+        "a datagram for an allowed destination can be sent by way of a host that is not; it can read it, not answer",
+    ),
+    (
+        "source addresses that are not this host's (IPV6_FREEBIND, IP_TRANSPARENT)",
+        "a workload can send a datagram under a foreign address; a receiver, here or elsewhere, that knows its peer by prefix believes it",
     ),
 ];
 

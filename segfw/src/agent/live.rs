@@ -256,8 +256,8 @@ pub fn addresses(survey: &Survey, identity_of: impl Fn(&str) -> u32) -> BTreeMap
     all
 }
 
-/// The next boot time at which some answer of these tables changes by itself.
-pub fn next_deadline(tables: &Tables, now: u64) -> Option<u64> {
+/// The first boot time after `looked` at which some answer of these tables changes by itself.
+pub fn next_deadline(tables: &Tables, looked: u64) -> Option<u64> {
     let entries = tables.rules.values().chain(&tables.timeline);
-    entries.map(|e| e.until).filter(|until| *until > now).min()
+    entries.map(|e| e.until).filter(|until| *until > looked).min()
 }

@@ -1,5 +1,6 @@
 //! What an attacker inside a workload would try once connect and sendto are refused.
 
+use super::faults::rfc3339;
 use super::{addresses, flow, pair, tcp};
 use crate::actor::{Actor, Handle, domain_of, wildcard};
 use crate::or_outcome;
@@ -11,6 +12,7 @@ use crate::table::{
 use crate::world::net;
 use anyhow::{Result, ensure};
 use libc::c_int;
+use nix::sys::signal::Signal;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -83,6 +85,8 @@ fn egress() -> Group {
         let made = row("udp-send-without-name-after-revocation", send_after_revocation, port, Expect::Cut);
         rows.push(Row { family: *family, proto: "udp", ..made });
     }
+    let made = row("udp-send-after-expiry-agent-stopped", send_after_expiry, 4210, Expect::Documented);
+    rows.push(Row { proto: "udp", ..made });
     pair("attacks-egress", "managed/cli", "outside/srv", yaml.0, rows)
 }
 
@@ -211,6 +215,43 @@ fn send_after_revocation(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
     })
 }
 
+/// A plain `send` meets no hook, and nobody is there to end the socket: it goes on until the agent is back.
+fn send_after_expiry(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
+    if shot.enforced {
+        let at = std::time::UNIX_EPOCH.elapsed()?.as_secs() + 3;
+        let limited = stage.policy.replace("action: allow", &format!("action: allow, expires: {}", rfc3339(at)));
+        stage.agent()?.reload(&limited)?;
+    }
+    let outcome = tidy(stage, |stage| {
+        let dst = to(stage, shot);
+        let receiver = serve(stage, shot, libc::SOCK_DGRAM, shot.port)?;
+        let h = socket(stage, "cli", domain_of(dst.ip()), libc::SOCK_DGRAM)?;
+        or_outcome!(stage.actor("cli").connect(h, dst, shot.ms)?, refusal);
+        or_outcome!(stage.actor("cli").send(h, "before")?, refusal);
+        or_outcome!(stage.actor("srv").recv(receiver, 3000)?, refusal);
+        if shot.enforced {
+            stage.agent()?.signal(Signal::SIGSTOP)?;
+            std::thread::sleep(Duration::from_millis(3500));
+        }
+        or_outcome!(stage.actor("cli").send(h, "after")?, refusal);
+        let seen = or_outcome!(stage.actor("srv").recv(receiver, 500)?, refusal);
+        if !shot.enforced {
+            return Ok(Outcome::Open);
+        }
+        stage.agent()?.signal(Signal::SIGCONT)?;
+        std::thread::sleep(Duration::from_millis(1000));
+        let late = stage.actor("cli").send(h, "late")?;
+        ensure!(late.is_err(), "the agent is back, and the socket still sends");
+        Ok(if seen.data == "after" { Outcome::Open } else { Outcome::Other(seen.data) })
+    });
+    if shot.enforced {
+        let _ = stage.agent()?.signal(Signal::SIGCONT);
+        let open = stage.policy.clone();
+        stage.agent()?.reload(&open)?;
+    }
+    outcome
+}
+
 // ---- Judged at the destination.
 
 fn ingress() -> Group {
@@ -326,7 +367,10 @@ fn spoof() -> Group {
     yaml.enforced("cli", &[]).enforced("srv", &[]);
     yaml.enforced("thief", &["default: {ingress: deny, egress: allow}"]);
     yaml.allow("open", "cli", "srv", "tcp/4000, udp/4000");
+    yaml.segment("remote", "addresses: [\"fd00:80::99/128\"]", &[]).allow("remote", "remote", "srv", "udp/4001");
     let mut rows = Vec::new();
+    let remote = row("source-of-a-remote-host-freebind", spoof_remote, 4001, Expect::Documented);
+    rows.push(Row { family: Family::V6, proto: "udp", direction: "ingress", ..remote });
     let ways: &[(&str, Family, Try)] = &[
         ("source-of-another-transparent", Family::V4, spoof_transparent),
         ("source-of-another-transparent", Family::V6, spoof_transparent),
@@ -367,8 +411,12 @@ enum Name {
 
 /// What the thief does to its socket, and how it sends.
 fn spoofed(stage: &mut Stage, shot: &Shot, option: (c_int, c_int), name: Name) -> Result<Outcome> {
-    let dst = to(stage, shot);
     let source = stage.address(shot, "a").ip();
+    spoofed_as(stage, shot, option, name, source)
+}
+
+fn spoofed_as(stage: &mut Stage, shot: &Shot, option: (c_int, c_int), name: Name, source: IpAddr) -> Result<Outcome> {
+    let dst = to(stage, shot);
     let result = tidy(stage, |stage| {
         let receiver = serve(stage, shot, libc::SOCK_DGRAM, shot.port)?;
         let h = socket(stage, "thief", domain_of(dst.ip()), libc::SOCK_DGRAM)?;
@@ -409,6 +457,11 @@ fn spoof_transparent(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
 /// IPv6 asks for no capability.
 fn spoof_freebind(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
     spoofed(stage, shot, (libc::IPPROTO_IPV6, IPV6_FREEBIND), Name::Bind)
+}
+
+/// Nobody on this host has the address, so nobody here can say whose it is.
+fn spoof_remote(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
+    spoofed_as(stage, shot, (libc::IPPROTO_IPV6, IPV6_FREEBIND), Name::Bind, "fd00:80::99".parse()?)
 }
 
 /// The least that each family asks for.

@@ -299,7 +299,7 @@ fn expires() -> Group {
 }
 
 /// A point of time as RFC 3339 writes it.
-fn rfc3339(seconds: u64) -> String {
+pub(super) fn rfc3339(seconds: u64) -> String {
     // Civil from days (Howard Hinnant's algorithm); after 1970 nothing is negative.
     let (days, rest) = (seconds / 86400 + 719_468, seconds % 86400);
     let (era, doe) = (days / 146_097, days % 146_097);
