@@ -26,7 +26,7 @@ use jiff::Timestamp;
 use live::{Swept, View};
 use registry::Registry;
 use revision::{Candidate, Files, Saved, Store};
-use segfw_common::event::Hook;
+use segfw_common::event::{DenialCount, DenialKey, Hook};
 use segfw_common::state::PathKey;
 use segfw_common::{Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, EventKind, FlowEvent, control};
 use std::collections::{BTreeMap, BTreeSet};
@@ -45,6 +45,8 @@ const SURVEY: Duration = Duration::from_secs(15);
 const SURVEY_SOON: Duration = Duration::from_millis(300);
 /// How often aggregated denials are fetched.
 const DENIALS: Duration = Duration::from_secs(1);
+/// An entry that nothing was added to for so long makes room; much sooner where half of all room is taken.
+const DENIAL_IDLE: Duration = Duration::from_secs(60);
 
 /// What is in force.
 struct InForce {
@@ -79,6 +81,8 @@ pub struct Core {
     history: Arc<History>,
     attached: bool,
     last_survey: Option<std::time::Instant>,
+    /// Aggregated denials that the history has, by key.
+    told: BTreeMap<DenialKey, u64>,
     /// Boot time before which every answer that changes by itself was looked at.
     looked: u64,
 }
@@ -299,6 +303,7 @@ impl Core {
             history,
             attached: active.generation != 0,
             last_survey: None,
+            told: BTreeMap::new(),
             looked: 0,
         };
         // What an earlier agent registered is what the kernel holds.
@@ -794,20 +799,39 @@ impl Core {
         self.survey();
     }
 
+    /// Tells what was added since the last look. An entry stays in the kernel while it is in use: taking it out between
+    /// two denials would lose those that come between the reading and the removal. An agent that takes over tells what
+    /// it finds, since it does not know what the one before had told.
     fn fetch_denials(&mut self) {
         let generation = self.in_force.as_ref().map_or(0, |f| f.revision.generation);
-        match self.datapath.take_denials() {
-            Ok(all) => {
-                let intake = Intake::new(Arc::clone(&self.history));
-                for (key, count) in all {
-                    if key.reject != 0 {
-                        let _ = self.shared.unanswered.fetch_add(count.count, std::sync::atomic::Ordering::Relaxed);
-                    }
-                    intake.take_denials(&key, &count, generation, &self.names);
+        let all = match self.datapath.denials() {
+            Ok(all) => all,
+            Err(error) => {
+                tracing::error!("{error}");
+                return;
+            }
+        };
+        let now = proc::boot_ns().unwrap_or(0);
+        let idle = if all.len() < segfw_common::bounds::DENIALS as usize / 2 { DENIAL_IDLE } else { DENIALS * 2 };
+        let intake = Intake::new(Arc::clone(&self.history));
+        let mut told = BTreeMap::new();
+        for (key, count) in all {
+            let before = self.told.get(&key).copied().unwrap_or(0);
+            // Less than before: the entry is a new one.
+            let new = count.count.checked_sub(before).unwrap_or(count.count);
+            intake.take_denials(&key, &DenialCount { count: new, ..count }, generation, &self.names);
+            if key.reject != 0 {
+                let _ = self.shared.unanswered.fetch_add(new, std::sync::atomic::Ordering::Relaxed);
+            }
+            if new == 0 && now.saturating_sub(count.last) > idle.as_nanos() as u64 {
+                match self.datapath.forget_denial(&key) {
+                    Ok(()) => continue,
+                    Err(error) => tracing::error!("{error}"),
                 }
             }
-            Err(error) => tracing::error!("{error}"),
+            let _ = told.insert(key, count.count);
         }
+        self.told = told;
     }
 }
 

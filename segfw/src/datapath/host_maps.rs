@@ -150,26 +150,35 @@ impl Datapath {
         Ok(counters)
     }
 
-    /// Denials that were aggregated since the last call; the entries are taken out. What a CPU adds between the reading
-    /// and the removal of one entry is lost to the aggregate, not to the verdict counters.
-    pub fn take_denials(&self) -> Result<Vec<(DenialKey, DenialCount)>, Error> {
-        let cpus = possible_cpus();
+    /// Denials that are aggregated, each counted since its entry was made. Reading takes nothing out, so nothing that is
+    /// added meanwhile is lost.
+    pub fn denials(&self) -> Result<Vec<(DenialKey, DenialCount)>, Error> {
         let mut all = Vec::new();
         for key in self.keys::<DenialKey>("DENIALS")? {
-            let mut bytes = vec![0u8; cpus * size_of::<DenialCount>()];
-            if sys::map_lookup_into(self.map("DENIALS")?, &key, &mut bytes)
-                .map_err(|e| Error::sys("read DENIALS", e))?
-            {
-                let _ = sys::map_delete(self.map("DENIALS")?, &key).map_err(|e| Error::sys("empty DENIALS", e))?;
-                let mut sum = DenialCount::default();
-                for cpu in words(&bytes).chunks_exact(2) {
-                    sum.count += cpu[0];
-                    sum.last = sum.last.max(cpu[1]);
-                }
-                all.push((key, sum));
+            if let Some(count) = self.denial(&key)? {
+                all.push((key, count));
             }
         }
         Ok(all)
+    }
+
+    fn denial(&self, key: &DenialKey) -> Result<Option<DenialCount>, Error> {
+        let mut bytes = vec![0u8; possible_cpus() * size_of::<DenialCount>()];
+        if !sys::map_lookup_into(self.map("DENIALS")?, key, &mut bytes).map_err(|e| Error::sys("read DENIALS", e))? {
+            return Ok(None);
+        }
+        let mut sum = DenialCount::default();
+        for cpu in words(&bytes).chunks_exact(2) {
+            sum.count += cpu[0];
+            sum.last = sum.last.max(cpu[1]);
+        }
+        Ok(Some(sum))
+    }
+
+    /// Makes room: takes out an entry that nothing was added to for a while.
+    pub fn forget_denial(&self, key: &DenialKey) -> Result<(), Error> {
+        let _ = sys::map_delete(self.map("DENIALS")?, key).map_err(|e| Error::sys("empty DENIALS", e))?;
+        Ok(())
     }
 
     /// The keys of a per-CPU map.
