@@ -48,6 +48,9 @@ const DENIALS: Duration = Duration::from_secs(1);
 /// An entry that nothing was added to for so long makes room; much sooner where half of all room is taken.
 const DENIAL_IDLE: Duration = Duration::from_secs(60);
 
+/// How long until a timeline that could not be written on is tried again.
+const REFRESH_AGAIN: Duration = Duration::from_secs(60);
+
 /// What is in force.
 struct InForce {
     revision: Revision,
@@ -794,6 +797,12 @@ impl Core {
         let stale = self.in_force.as_ref().is_some_and(|f| f.tables.refresh_at.is_some_and(|at| now >= at));
         if stale && let Some(files) = self.in_force.as_ref().map(|f| f.files.clone()) {
             let _ = self.take(files);
+            // Refused: what is in force goes on to its strict end. Not asked again at once, but not given up either.
+            if let Some(f) = &mut self.in_force
+                && f.tables.refresh_at.is_some_and(|at| now >= at)
+            {
+                f.tables.refresh_at = Some(now.saturating_add(REFRESH_AGAIN.as_nanos() as u64));
+            }
             return;
         }
         self.survey();
