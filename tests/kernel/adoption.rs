@@ -2,7 +2,7 @@
 
 use crate::{Options, Tally};
 use anyhow::{Context, Result, bail, ensure};
-use segfw::datapath::attach::{self, EGRESS, HOOKS, Outcome};
+use segfw::datapath::attach::{self, CGROUP_MADE, EGRESS, HOOKS, Outcome};
 use segfw::datapath::{Datapath, sys};
 use segfw_tests::scratch::{Scratch, cgroup_id};
 use std::fs::File;
@@ -15,13 +15,14 @@ type Step = (&'static str, fn(&mut Stage) -> Result<()>);
 pub(crate) fn run(_: &Options, tally: &mut Tally) -> Result<()> {
     let scratch = Scratch::new()?;
     let mut stage = Stage::new(&scratch)?;
-    let steps: [Step; 6] = [
+    let steps: [Step; 7] = [
         ("the first agent attaches", Stage::attaches),
         ("the same agent adopts its own links", Stage::adopts),
         ("the second agent puts its programs behind the same links", Stage::replaces),
         ("links outlive both agents", Stage::outlives),
         ("the third agent finds links, maps and counters", Stage::finds),
         ("remove ends all", Stage::removes),
+        ("another layout goes when ours is attached, not before", Stage::changes_layout),
     ];
     for (what, step) in steps {
         // Each stands on the one before.
@@ -57,7 +58,8 @@ impl Stage {
             ensure!(got == want, "{}: {got:?}", hook.program);
         }
         let mut ids = Vec::new();
-        for state in agent.links()? {
+        // The event of new cgroups is the whole machine's; `system` has it.
+        for state in agent.links()?.into_iter().filter(|l| l.name != CGROUP_MADE) {
             let link = state.link.with_context(|| format!("{} has no link", state.name))?;
             let program = sys::program_info(agent.program(&state.name)?)?;
             ensure!(link.program == program.id, "{}: another program is behind the link", state.name);
@@ -120,7 +122,7 @@ impl Stage {
         ensure!(links == self.links, "{:?}, then {links:?}", self.links);
         third.drop_egress()?;
         let left: Vec<_> = third.links()?.into_iter().filter(|l| l.link.is_none()).map(|l| l.name).collect();
-        ensure!(left == [EGRESS.program], "without a link: {left:?}");
+        ensure!(left == [EGRESS.program, CGROUP_MADE], "without a link: {left:?}");
         let gone = self.links.pop().context("links")?;
         ensure!(!exists(gone)?, "the egress link is still there");
         self.agents.push(third);
@@ -137,6 +139,37 @@ impl Stage {
         for link in &self.links {
             ensure!(!exists(*link)?, "link {link} is still there");
         }
+        attach::remove(&self.pins)?;
+        Ok(())
+    }
+
+    /// An agent of an older layout left its programs; a newer one attaches its own beside them before they go.
+    fn changes_layout(&mut self) -> Result<()> {
+        let attached = |dir: &Path| -> Result<usize> {
+            let mut links = 0;
+            for hook in HOOKS {
+                if let Some(link) = sys::get(&dir.join(format!("link-{}", hook.program)))? {
+                    links += usize::from(sys::link_info(link.as_fd())?.cgroup == self.cgroup_id);
+                }
+            }
+            Ok(links)
+        };
+        let older = Datapath::load_as(&self.pins, 0)?;
+        for hook in HOOKS {
+            let _ = older.attach(hook, &self.cgroup)?;
+        }
+        let before = older.dir.clone();
+        drop(older);
+        let newer = Datapath::load(&self.pins)?;
+        ensure!(newer.dir != before, "both layouts share {}", before.display());
+        for hook in HOOKS {
+            let outcome = newer.attach(hook, &self.cgroup)?;
+            ensure!(outcome == Outcome::Attached, "{}: {outcome:?} a link of another layout", hook.program);
+        }
+        ensure!(attached(&before)? == HOOKS.len() && attached(&newer.dir)? == HOOKS.len(), "not both are attached");
+        let removed = attach::remove_other_layouts(&self.pins, &newer.dir)?;
+        ensure!(removed == [before.clone()], "removed {removed:?}");
+        ensure!(!before.exists() && attached(&newer.dir)? == HOOKS.len(), "ours did not stay");
         attach::remove(&self.pins)?;
         Ok(())
     }
