@@ -197,6 +197,8 @@ impl Bench {
             for hook in HOOKS {
                 std::fs::remove_file(self.datapath.dir.join(format!("link-{}", hook.program)))?;
             }
+            // A worker of the kernel ends the links, a little later: until then half of the hooks would judge the next round.
+            std::thread::sleep(std::time::Duration::from_millis(100));
         }
         while self.events.next().is_some() {}
         result
