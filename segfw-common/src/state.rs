@@ -173,8 +173,8 @@ pub struct SocketState {
     pub identity: u32,
     /// Number of the workload.
     pub workload: u32,
-    /// Boot seconds at which the socket's last datagram flow was confirmed in the flow table.
-    pub confirmed: u32,
+    /// Zero.
+    pub pad: u32,
     /// Generation of the cached verdict; 0 = none.
     pub generation: u32,
     /// Identity of the peer.

@@ -83,7 +83,6 @@ pub struct Core {
     shared: Arc<Shared>,
     history: Arc<History>,
     attached: bool,
-    last_survey: Option<std::time::Instant>,
     /// Aggregated denials that the history has, by key.
     told: BTreeMap<DenialKey, u64>,
     /// Boot time before which every answer that changes by itself was looked at.
@@ -305,7 +304,6 @@ impl Core {
             shared,
             history,
             attached: active.generation != 0,
-            last_survey: None,
             told: BTreeMap::new(),
             looked: 0,
         };
@@ -430,16 +428,11 @@ impl Core {
         let active = if relabelled { self.datapath.touch()? } else { active };
         let _ = self.names.revisions.insert(active.generation, number);
         self.publish_names();
-        if !self.attached {
-            self.attach()?;
-            if egress {
-                self.attach_egress()?;
-            }
+        self.attach()?;
+        if egress {
+            self.attach_egress()?;
         } else {
-            self.attach()?;
-            if !egress {
-                self.datapath.drop_egress()?;
-            }
+            self.datapath.drop_egress()?;
         }
         let changed = number != self.saved.revision;
         self.saved.revision = number;
@@ -678,7 +671,6 @@ impl Core {
                 return;
             }
         };
-        self.last_survey = Some(std::time::Instant::now());
         let by_path: BTreeMap<String, u64> =
             self.registry.words().into_iter().map(|(id, (path, _))| (path, id)).collect();
         let identity_of = |path: &str| {
