@@ -8,7 +8,7 @@ mod filter;
 mod print;
 mod show;
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, Settings};
 use crate::control::report::{EndSpec, Outcome, PolicyCheck, Question, Service, Severity};
 use crate::control::{Client, ClientError, Failure, FailureKind, Request, Response};
 use crate::flow::record::Item;
@@ -155,18 +155,21 @@ Exit code 0: allowed, 1: denied.")]
 
 #[derive(Debug, Args)]
 struct AgentArgs {
+    /// Settings; the command line wins over them [default: /etc/segfw/agent.yaml if it is there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// The folder with the policy (read recursively)
     #[arg(long, value_name = "DIR")]
-    policy: PathBuf,
+    policy: Option<PathBuf>,
     /// Judge and record everything, drop nothing
     #[arg(long)]
     monitor: bool,
-    /// Where programs and maps are pinned
-    #[arg(long, value_name = "PATH", default_value = config::DEFAULT_PIN_DIR)]
-    pin_dir: PathBuf,
-    /// What must survive a restart
-    #[arg(long, value_name = "PATH", default_value = config::DEFAULT_STATE_DIR)]
-    state_dir: PathBuf,
+    /// Where programs and maps are pinned [default: /sys/fs/bpf/segfw]
+    #[arg(long, value_name = "PATH")]
+    pin_dir: Option<PathBuf>,
+    /// What must survive a restart [default: /var/lib/segfw]
+    #[arg(long, value_name = "PATH")]
+    state_dir: Option<PathBuf>,
     /// Mount point of the cgroup2 hierarchy [default: the first in /proc/self/mountinfo]
     #[arg(long, value_name = "PATH")]
     cgroup_root: Option<PathBuf>,
@@ -176,24 +179,60 @@ struct AgentArgs {
     /// A network interface that gets the outer wall; may be repeated
     #[arg(long, value_name = "IFACE")]
     xdp: Vec<String>,
+    /// Serve /metrics, /healthz and /readyz here, as 127.0.0.1:9477
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics: Option<std::net::SocketAddr>,
 }
 
 impl AgentArgs {
     /// What was typed, settled.
     fn settle(self, socket: PathBuf) -> Result<Config, CliError> {
-        let Self { policy, monitor, pin_dir, state_dir, cgroup_root, host_labels, xdp } = self;
-        let cgroup_root = match cgroup_root {
+        let Self { config, policy, monitor, pin_dir, state_dir, cgroup_root, host_labels, xdp, metrics } = self;
+        let settings = match config {
+            Some(path) => Settings::read(&path).map_err(CliError::usage)?,
+            None if Path::new(config::DEFAULT_SETTINGS).exists() => {
+                Settings::read(Path::new(config::DEFAULT_SETTINGS)).map_err(CliError::usage)?
+            }
+            None => Settings::default(),
+        };
+        let cgroup_root = match cgroup_root.or(settings.cgroup_root) {
             Some(path) => path,
             None => {
                 config::cgroup2_root(&std::fs::read_to_string("/proc/self/mountinfo")?).map_err(CliError::system)?
             }
         };
-        let host = std::fs::read_to_string("/proc/sys/kernel/hostname")?.trim().to_owned();
-        let host_labels = config::host_labels(&host_labels).map_err(CliError::usage)?;
+        let host = match settings.host {
+            Some(host) => host,
+            None => std::fs::read_to_string("/proc/sys/kernel/hostname")?.trim().to_owned(),
+        };
+        let mut labels: Vec<String> = Vec::new();
+        let typed = config::host_labels(&host_labels).map_err(CliError::usage)?;
+        for (key, value) in settings.host_labels.iter().filter(|(key, _)| !typed.contains_key(*key)) {
+            labels.push(format!("{key}={value}"));
+        }
+        labels.extend(host_labels);
+        let host_labels = config::host_labels(&labels).map_err(CliError::usage)?;
+        let policy = policy
+            .or(settings.policy)
+            .ok_or_else(|| CliError::usage("no policy folder: give --policy DIR, or policy: in the settings"))?;
         if !policy.is_dir() {
             return Err(CliError::usage(format!("--policy {}: no such folder", policy.display())));
         }
-        Ok(Config { policy, monitor, pin_dir, state_dir, socket, cgroup_root, host_labels, xdp, host })
+        Ok(Config {
+            policy,
+            monitor: monitor || settings.monitor,
+            pin_dir: pin_dir.or(settings.pin_dir).unwrap_or_else(|| config::DEFAULT_PIN_DIR.into()),
+            state_dir: state_dir.or(settings.state_dir).unwrap_or_else(|| config::DEFAULT_STATE_DIR.into()),
+            socket,
+            cgroup_root,
+            host_labels,
+            xdp: if xdp.is_empty() { settings.xdp } else { xdp },
+            host,
+            absence: settings.absence,
+            metrics: metrics.or(settings.metrics.listen),
+            spool: settings.flows.spool,
+            runtimes: settings.runtimes,
+        })
     }
 }
 
@@ -448,7 +487,7 @@ mod tests {
             ("policy explain app=web app= tcp/5432", "is not an end of a flow"),
             ("policy explain app=web app=db 5432", "is not a protocol and port"),
             ("policy check", "<DIR>..."),
-            ("agent", "--policy <DIR>"),
+            ("agent --metrics 9477", "invalid socket address"),
         ] {
             let error = match parse(line) {
                 Err(error) => error.to_string(),

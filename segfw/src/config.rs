@@ -1,7 +1,18 @@
 //! What an agent is to do, settled once: after [`Config`] there is no default to look up and no `Option` to interpret.
+//!
+//! [`Settings`] is the file an administrator writes (`/etc/segfw/agent.yaml`), the command line wins over it, and both
+//! together with the defaults become a [`Config`].
 
 use crate::policy::host_policy::Labels;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+
+/// The settings of a packaged agent.
+pub const DEFAULT_SETTINGS: &str = "/etc/segfw/agent.yaml";
+/// The policy of a packaged agent.
+pub const DEFAULT_POLICY: &str = "/etc/segfw/policies";
 
 /// Where programs and maps are pinned, unless told otherwise.
 pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/segfw";
@@ -29,6 +40,163 @@ pub struct Config {
     pub xdp: Vec<String>,
     /// This host's name in records.
     pub host: String,
+    /// What happens when something is not there.
+    pub absence: AbsenceConfig,
+    /// Where `/metrics`, `/healthz` and `/readyz` are served; `None` = nowhere.
+    pub metrics: Option<SocketAddr>,
+    /// Flow records on disk; `None` = only those in memory.
+    pub spool: Option<SpoolConfig>,
+    /// Where container runtimes are asked for images, names and labels.
+    pub runtimes: RuntimeConfig,
+}
+
+/// What a host does when something it needs is not there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Absent {
+    /// What was enforced last goes on.
+    #[default]
+    LastKnownGood,
+    /// New connections of enforced workloads are refused, golden rules aside.
+    Closed,
+    /// New connections pass, and are recorded.
+    Open,
+}
+
+impl Absent {
+    /// The word users see.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::LastKnownGood => "lastKnownGood",
+            Self::Closed => "closed",
+            Self::Open => "open",
+        }
+    }
+}
+
+/// The declared behaviours (architecture, section 6).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct AbsenceConfig {
+    /// After a boot, until a revision of the policy folder is in force.
+    pub before_first_revision: Absent,
+    /// No agent has run for [`AGENT_GONE`].
+    pub agent_gone: Absent,
+}
+
+/// An agent that has not been heard of for so long counts as gone: several restarts and an upgrade fit into it.
+pub const AGENT_GONE: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// Flow records on disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct SpoolConfig {
+    /// The folder; absent = `flows` in the state folder.
+    pub dir: Option<PathBuf>,
+    /// Bytes of all files together; the oldest go first, and are counted.
+    pub max_bytes: u64,
+    /// Bytes of one file.
+    pub file_bytes: u64,
+}
+impl Default for SpoolConfig {
+    fn default() -> Self {
+        Self { dir: None, max_bytes: 256 << 20, file_bytes: 16 << 20 }
+    }
+}
+
+/// Container runtimes of this host. A socket or folder that is not there is no error: the runtime is not installed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct RuntimeConfig {
+    /// Sockets that speak CRI v1 (and containerd's own API, where it is containerd).
+    pub cri: Vec<PathBuf>,
+    /// Sockets that speak Docker's API (Docker, and Podman's service).
+    pub docker: Vec<PathBuf>,
+    /// Folders of containers/storage (Podman and CRI-O, with or without a service).
+    pub storage: Vec<PathBuf>,
+}
+impl Default for RuntimeConfig {
+    fn default() -> Self {
+        let paths = |all: &[&str]| all.iter().map(PathBuf::from).collect();
+        Self {
+            cri: paths(&["/run/containerd/containerd.sock", "/run/crio/crio.sock"]),
+            docker: paths(&["/run/docker.sock", "/run/podman/podman.sock"]),
+            storage: paths(&["/var/lib/containers/storage"]),
+        }
+    }
+}
+
+/// What removing the package does with a host that enforces.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum OnRemove {
+    /// Asked on a terminal; without one the package stays as it is and says why.
+    #[default]
+    Ask,
+    /// Enforcement stays in the kernel until the next boot.
+    Keep,
+    /// The host is opened.
+    Open,
+}
+
+/// `/etc/segfw/agent.yaml`. Every key is optional; an unknown one is an error.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Settings {
+    /// The folder with the policy.
+    pub policy: Option<PathBuf>,
+    /// Judge and record everything, drop nothing.
+    pub monitor: bool,
+    /// Where programs and maps are pinned.
+    pub pin_dir: Option<PathBuf>,
+    /// What must survive a restart.
+    pub state_dir: Option<PathBuf>,
+    /// Mount point of the cgroup2 hierarchy.
+    pub cgroup_root: Option<PathBuf>,
+    /// This host's name in records; absent = the kernel's.
+    pub host: Option<String>,
+    /// Labels of every workload of this host.
+    pub host_labels: BTreeMap<String, String>,
+    /// Interfaces with the outer wall.
+    pub xdp: Vec<String>,
+    /// What happens when something is not there.
+    pub absence: AbsenceConfig,
+    /// What removing the package does.
+    pub on_remove: OnRemove,
+    /// Metrics and health.
+    pub metrics: MetricsSettings,
+    /// Flow records.
+    pub flows: FlowSettings,
+    /// Container runtimes.
+    pub runtimes: RuntimeConfig,
+}
+
+/// `metrics:` of the settings.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct MetricsSettings {
+    /// Address and port, on loopback unless something in front of it decides who may read; absent = nowhere.
+    pub listen: Option<SocketAddr>,
+}
+
+/// `flows:` of the settings.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct FlowSettings {
+    /// Records on disk; absent = only those in memory.
+    pub spool: Option<SpoolConfig>,
+}
+
+impl Settings {
+    /// Reads a file. The error names file, line and column.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let wrong = |why: String| ConfigError::Settings(path.display().to_string(), why);
+        let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
+        if text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
+            return Ok(Self::default());
+        }
+        crate::policy::yaml::settings(&text).map_err(wrong)
+    }
 }
 
 /// An agent cannot be configured like this.
@@ -40,6 +208,9 @@ pub enum ConfigError {
     /// Two values for one key.
     #[error("--host-label {0} is given twice")]
     LabelTwice(String),
+    /// The settings file.
+    #[error("{0}: {1}")]
+    Settings(String, String),
     /// No hierarchy.
     #[error(
         "no cgroup2 file system is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup) or name it with --cgroup-root"
@@ -93,6 +264,10 @@ impl Config {
             host_labels: Labels::new(),
             xdp: Vec::new(),
             host,
+            absence: AbsenceConfig::default(),
+            metrics: None,
+            spool: None,
+            runtimes: RuntimeConfig::default(),
         }
     }
 }

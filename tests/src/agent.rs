@@ -70,6 +70,8 @@ impl Agent {
         };
         let child = with_signals(&mut command)
             .arg("agent")
+            // Not the settings of the machine the test runs on.
+            .args(["--config", "/dev/null"])
             .arg("--socket")
             .arg(self.socket())
             .arg("--policy")

@@ -57,6 +57,11 @@ pub struct Text {
     pub inset: Option<u32>,
 }
 
+/// A settings file, through serde: line, column, the keys that would have been right.
+pub fn settings<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_saphyr::from_str(text).map_err(|error| error.to_string())
+}
+
 impl Node {
     pub fn at(&self, file: &str) -> Position {
         Position { file: file.to_owned(), line: self.line, column: self.column }

@@ -1,0 +1,164 @@
+//! What the agent writes to the kernel beside the tables: who is who, and the hooks.
+
+use super::*;
+
+impl Core {
+    /// Makes the kernel's registry equal to ours. True if a cgroup that was there now is somebody else.
+    pub(super) fn write_cgroups(&mut self) -> anyhow::Result<bool> {
+        let want = self.registry.entries(&mut self.saved.numbers);
+        let mut relabelled = false;
+        let mut full = 0;
+        for (id, entry) in &want {
+            let have = self.cgroups.get(id);
+            if have == Some(entry) {
+                continue;
+            }
+            match self.datapath.set_cgroup(*id, entry) {
+                Ok(()) => {
+                    // One that is new to us may have made sockets already, as what it was taken for.
+                    relabelled |= match have {
+                        Some(have) => have.identity != entry.identity || have.workload != entry.workload,
+                        None => entry.workload != 0,
+                    };
+                    let _ = self.cgroups.insert(*id, *entry);
+                }
+                Err(error) => {
+                    full += 1;
+                    tracing::error!("{error}");
+                }
+            }
+        }
+        full += self.write_paths()?;
+        let gone: Vec<u64> = self.cgroups.keys().filter(|id| !want.contains_key(id)).copied().collect();
+        for id in gone {
+            let _ = self.datapath.remove_cgroup(id)?;
+            let _ = self.cgroups.remove(&id);
+        }
+        if full == 0 {
+            let _ = self.troubles.remove("cgroups");
+        } else {
+            let what = format!("{full} cgroups do not fit into the registry of {}", segfw_common::bounds::CGROUPS);
+            let _ = self.troubles.insert(
+                "cgroups",
+                trouble(&what, "they are enforced as the nearest cgroup above them", "fewer cgroups on this host"),
+            );
+        }
+        Ok(relabelled)
+    }
+
+    /// Makes the table of paths equal to ours. Returns how many did not fit.
+    pub(super) fn write_paths(&mut self) -> anyhow::Result<usize> {
+        let want = self.registry.paths(&mut self.saved.numbers);
+        for path in self.paths.keys().filter(|p| !want.contains_key(p)) {
+            let _ = self.datapath.remove_path(path)?;
+        }
+        let mut full = 0;
+        for (path, entry) in &want {
+            if self.paths.get(path) != Some(entry)
+                && let Err(error) = self.datapath.set_path(path, entry)
+            {
+                full += 1;
+                tracing::error!("{error}");
+            }
+        }
+        self.paths = want;
+        Ok(full)
+    }
+
+    /// Takes cgroups out of the registry that the kernel entered and that were gone before we saw them. One that was
+    /// missing in the tree at two surveys is gone.
+    pub(super) fn forget_strays(&mut self) -> anyhow::Result<()> {
+        let known = self.datapath.cgroups()?;
+        let strays: BTreeSet<u64> =
+            known.into_iter().map(|(id, _)| id).filter(|id| !self.cgroups.contains_key(id)).collect();
+        for id in strays.intersection(&self.strays) {
+            let _ = self.datapath.remove_cgroup(*id)?;
+        }
+        self.strays = strays;
+        Ok(())
+    }
+
+    pub(super) fn attach(&mut self) -> anyhow::Result<()> {
+        let root = std::fs::File::open(&self.config.cgroup_root)
+            .with_context(|| format!("cannot open {}", self.config.cgroup_root.display()))?;
+        for hook in attach::HOOKS {
+            let outcome = self.datapath.attach(hook, &root)?;
+            tracing::debug!("{}: {outcome:?}", hook.program);
+        }
+        for interface in self.config.xdp.clone() {
+            let index =
+                nix::net::if_::if_nametoindex(interface.as_str()).with_context(|| format!("interface {interface}"))?;
+            self.datapath.set_xdp_netns(index, netns::current_cookie()?)?;
+            let _ = self.datapath.attach_xdp(&interface)?;
+        }
+        self.attached = true;
+        match self.datapath.attach_cgroup_made() {
+            Ok(()) => {
+                let _ = self.troubles.remove("tracepoint");
+            }
+            Err(error) => {
+                let _ = self.troubles.insert("tracepoint", trouble(&format!("new cgroups are not seen by the kernel: {error}"), "a workload that starts counts as host until the agent has seen it, and for good while no agent runs", "mount tracefs at /sys/kernel/tracing; grant CAP_PERFMON"));
+            }
+        }
+        for layout in attach::remove_other_layouts(&self.config.pin_dir, &self.datapath.dir)? {
+            tracing::warn!("removed the programs of another layout, now that ours are attached: {}", layout.display());
+        }
+        Ok(())
+    }
+
+    pub(super) fn attach_egress(&mut self) -> anyhow::Result<()> {
+        let root = std::fs::File::open(&self.config.cgroup_root)?;
+        let _ = self.datapath.attach(attach::EGRESS, &root)?;
+        Ok(())
+    }
+
+    /// The cgroup tree changed.
+    pub(super) fn tree(&mut self, changes: &[Change]) {
+        self.registry.apply(changes);
+        let sets = self.registry.label_sets();
+        let new = match &self.in_force {
+            Some(f) => {
+                let known: BTreeSet<&Labels> = f
+                    .tables
+                    .identities
+                    .values()
+                    .filter_map(|name| match name {
+                        IdentityName::Labels(labels) => Some(labels),
+                        IdentityName::Reserved(_) | IdentityName::Prefix(_) => None,
+                    })
+                    .collect();
+                sets.iter().any(|labels| !known.contains(labels))
+            }
+            None => false,
+        };
+        if new {
+            // Labels that no table knows yet (several documents on one cgroup): the tables come first.
+            if let Some(files) = self.in_force.as_ref().map(|f| f.files.clone()) {
+                let _ = self.take(files);
+            }
+            return;
+        }
+        match self.write_cgroups() {
+            Ok(relabelled) => {
+                if relabelled {
+                    self.touch();
+                }
+            }
+            Err(error) => tracing::error!("{error:#}"),
+        }
+        self.publish_names();
+    }
+
+    /// Who is who has changed: cached verdicts are asked again.
+    pub(super) fn touch(&mut self) {
+        match self.datapath.touch() {
+            Ok(active) => {
+                if let Some(f) = &mut self.in_force {
+                    f.revision.generation = active.generation;
+                    let _ = self.names.revisions.insert(active.generation, f.revision.number);
+                }
+            }
+            Err(error) => tracing::error!("{error}"),
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! From the folder to the kernel: one revision, taken whole or refused whole.
+
+use super::*;
+
+impl Core {
+    pub(super) fn new(
+        config: Config,
+        datapath: Arc<Datapath>,
+        hierarchy: Hierarchy,
+        shared: Arc<Shared>,
+        history: Arc<History>,
+    ) -> anyhow::Result<Self> {
+        let store = Store::new(&config.state_dir);
+        let (saved, damaged) = store.load();
+        let maps = sys::map_info(datapath.map("CONTROL")?).map(|i| i.id).context("read CONTROL")?;
+        let active = datapath.active()?;
+        let mut troubles = BTreeMap::new();
+        if let Some(why) = damaged {
+            let _ = troubles.insert(
+                "state",
+                trouble(
+                    &why,
+                    "counters and live connections of the last agent may show other rules",
+                    "remove the file; a new one is written",
+                ),
+            );
+        }
+        let mut saved = saved.unwrap_or_default();
+        if saved.maps != maps {
+            // These maps were made since (after a boot), or by an agent whose state is gone. Numbers start anew; where
+            // sockets may still hold old ones, above all that can be in use.
+            saved.numbers = Numbers::default();
+            if active.generation != 0 {
+                let _ = troubles.insert(
+                    "numbers",
+                    trouble(
+                        "the state of the agent before this one is gone",
+                        "its rule counters have no names",
+                        "nothing; it heals with time",
+                    ),
+                );
+                saved.numbers.skip(u32::MAX / 4, proc::boot_ns().unwrap_or(0));
+            }
+        }
+        saved.maps = maps;
+        let mut core = Self {
+            registry: Registry::new(config.host_labels.clone()),
+            started_at: Timestamp::now(),
+            names: Names { host: config.host.as_str().into(), ..Names::default() },
+            config,
+            datapath,
+            hierarchy,
+            store,
+            saved,
+            cgroups: BTreeMap::new(),
+            paths: BTreeMap::new(),
+            strays: BTreeSet::new(),
+            addresses: BTreeMap::new(),
+            in_force: None,
+            refused: None,
+            troubles,
+            draining: BTreeMap::new(),
+            shared,
+            history,
+            attached: active.generation != 0,
+            told: BTreeMap::new(),
+            looked: 0,
+        };
+        // What an earlier agent registered is what the kernel holds.
+        core.cgroups = core.datapath.cgroups()?.into_iter().collect();
+        core.addresses = core.datapath.addresses()?.into_iter().collect();
+        core.paths = core.datapath.paths()?.into_iter().collect();
+        core.set_flags()?;
+        let tree: Vec<Change> =
+            core.hierarchy.scan()?.into_iter().map(|(path, id)| Change::Appeared { path, id }).collect();
+        core.registry.apply(&tree);
+        core.start();
+        Ok(core)
+    }
+
+    pub(super) fn set_flags(&self) -> anyhow::Result<()> {
+        let flags = if self.config.monitor { control::HOST_MONITOR } else { 0 };
+        Ok(self.datapath.set_host_flags(flags)?)
+    }
+
+    /// The first revision: the folder's, else the last one that was in force here.
+    pub(super) fn start(&mut self) {
+        let _ = self.reload();
+        if self.in_force.is_none() && !self.saved.files.is_empty() {
+            let files = self.saved.files.clone();
+            tracing::warn!("the policy folder has no revision that can be used: taking the last one that was in force");
+            let refused = self.refused.take();
+            let _ = self.take(files);
+            self.refused = refused.or(self.refused.take());
+        }
+    }
+
+    /// Reads the folder and puts it in force, or says why not; then the last revision stays.
+    pub(super) fn reload(&mut self) -> report::ReloadReport {
+        let before = self.in_force.as_ref().map(|f| (f.revision.number, f.revision.digest.clone()));
+        let warnings = match crate::policy::read_dir_recursive(&self.config.policy) {
+            Ok(files) => self.take(files),
+            Err(error) => {
+                let why = format!("the policy cannot be read: {error}");
+                self.refuse(Refused { at: Timestamp::now(), why, problems: Vec::new() });
+                Vec::new()
+            }
+        };
+        let after = self.in_force.as_ref().map(|f| (f.revision.number, f.revision.digest.clone()));
+        report::ReloadReport {
+            changed: before != after,
+            revision: self.in_force.as_ref().map(|f| f.revision.clone()),
+            refused: self.refused.clone(),
+            warnings,
+        }
+    }
+
+    pub(super) fn refuse(&mut self, refused: Refused) {
+        tracing::error!("revision refused, the last one stays: {}", refused.why);
+        for problem in &refused.problems {
+            match &problem.at {
+                Some(at) => tracing::error!("{at}: {}", problem.message),
+                None => tracing::error!("{}", problem.message),
+            }
+        }
+        self.refused = Some(refused);
+    }
+
+    /// Builds and publishes files. Returns the warnings.
+    pub(super) fn take(&mut self, files: Files) -> Vec<Finding> {
+        let refused = |why: String| Refused { at: Timestamp::now(), why, problems: Vec::new() };
+        let clock = match revision::clock() {
+            Ok(clock) => clock,
+            Err(e) => {
+                self.refuse(refused(format!("the clock cannot be read: {e}")));
+                return Vec::new();
+            }
+        };
+        let mut numbers = self.saved.numbers.clone();
+        let mut registry = self.registry.clone();
+        match revision::build(files, &mut registry, &mut numbers, self.config.monitor, clock) {
+            Err(refused) => {
+                self.refuse(refused);
+                Vec::new()
+            }
+            Ok(candidate) => {
+                let warnings = candidate.warnings.clone();
+                match self.put_in_force(candidate, registry, numbers) {
+                    Ok(()) => warnings,
+                    Err(error) => {
+                        self.refuse(refused(format!("the kernel did not take the revision: {error:#}")));
+                        Vec::new()
+                    }
+                }
+            }
+        }
+    }
+
+    /// Plan, then apply. The order opens no hole and breaks nothing that old and new both allow: the new tables know the
+    /// label sets of before and after; they are switched as a whole, and only then do cgroups change hands. If the switch
+    /// fails nothing has changed. On a new host hooks come last.
+    pub(super) fn put_in_force(
+        &mut self,
+        candidate: Candidate,
+        registry: Registry,
+        numbers: Numbers,
+    ) -> anyhow::Result<()> {
+        let Candidate { files, digest, policy, tables, warnings: _ } = candidate;
+        let digest_of_tables = tables.digest();
+        let same = match &self.in_force {
+            Some(f) => f.tables.digest() == digest_of_tables,
+            // What an earlier agent left is taken over as it is if it says the same.
+            None => self.holds(&digest_of_tables)?,
+        };
+        self.saved.numbers = numbers;
+        let egress = needs_egress(&tables);
+        let number = match &self.in_force {
+            Some(f) if f.revision.digest == digest => f.revision.number,
+            None if self.saved.revision != 0 && crate::policy::digest(&self.saved.files) == digest => {
+                self.saved.revision
+            }
+            Some(_) | None => self.saved.revision + 1,
+        };
+        // What numbers mean is known before anything can carry them.
+        self.names.learn(&tables.identities, &tables.rule_names, &policy.segments);
+        if egress && self.attached {
+            self.attach_egress()?;
+        }
+        let active = if same { self.datapath.active()? } else { self.datapath.publish(&tables)? };
+        self.registry = registry;
+        let relabelled = self.write_cgroups()?;
+        let active = if relabelled { self.datapath.touch()? } else { active };
+        let _ = self.names.revisions.insert(active.generation, number);
+        self.publish_names();
+        self.attach()?;
+        if egress {
+            self.attach_egress()?;
+        } else {
+            self.datapath.drop_egress()?;
+        }
+        let changed = number != self.saved.revision;
+        self.saved.revision = number;
+        self.saved.files = files.clone();
+        let names: Vec<String> = files.iter().map(|(name, _)| name.clone()).collect();
+        let loaded_at = match &self.in_force {
+            Some(f) if !changed => f.revision.loaded_at,
+            Some(_) | None => Timestamp::now(),
+        };
+        let revision = Revision { number, digest, generation: active.generation, loaded_at, files: names };
+        tracing::info!(revision = number, generation = active.generation, entries = tables.rules.len(), "in force");
+        self.in_force = Some(InForce { revision, files, policy, tables });
+        self.refused = None;
+        self.save();
+        self.survey();
+        Ok(())
+    }
+
+    /// Does the kernel hold these very tables already?
+    pub(super) fn holds(&self, digest: &[u8; 32]) -> anyhow::Result<bool> {
+        let active = self.datapath.active()?;
+        Ok(active.generation != 0
+            && self.datapath.read_back(active.slot).is_ok_and(|tables| tables.digest() == *digest))
+    }
+
+    pub(super) fn save(&mut self) {
+        match self.store.save(&self.saved) {
+            Ok(()) => {
+                let _ = self.troubles.remove("save");
+            }
+            Err(e) => {
+                let what = format!("the state cannot be written to {}: {e}", self.config.state_dir.display());
+                tracing::error!("{what}");
+                let _ = self.troubles.insert(
+                    "save",
+                    trouble(
+                        &what,
+                        "enforcement goes on; after a reboot an older revision would be in force first",
+                        "make room, or repair the file system",
+                    ),
+                );
+            }
+        }
+    }
+
+    pub(super) fn publish_names(&mut self) {
+        self.names.wall_minus_boot = wall_minus_boot();
+        self.names.cgroups = self
+            .registry
+            .words()
+            .into_iter()
+            .map(|(id, (path, workload))| {
+                (id, CgroupWords { path: path.as_str().into(), workload: workload.map(|w| w.as_str().into()) })
+            })
+            .collect();
+        self.shared.set_names(self.names.clone());
+    }
+}
+
+/// The egress hook costs a call per packet. It sits there while some segment holds a grant (such sockets have no connect
+/// hook), and while some rule has an end (then the kernel alone must be able to end live flows).
+pub(crate) fn needs_egress(tables: &Tables) -> bool {
+    tables.locals.values().any(|l| l.grants != 0) || tables.rules.values().any(|e| e.until != 0)
+}
+
+fn wall_minus_boot() -> i128 {
+    let boot = i128::from(proc::boot_ns().unwrap_or(0));
+    Timestamp::now().as_nanosecond() - boot
+}

@@ -1,0 +1,230 @@
+//! What happens by itself: addresses, endpoints and live connections change, rules end, denials add up.
+
+use super::*;
+
+impl Core {
+    /// Compares addresses, endpoints and live connections with the kernel.
+    pub(super) fn survey(&mut self) {
+        self.looked = proc::boot_ns().unwrap_or(0);
+        let survey = match netns::survey() {
+            Ok(mut survey) => {
+                survey.namespaces.retain(|n| self.is_ours(n));
+                let _ = self.troubles.remove("survey");
+                survey
+            }
+            Err(error) => {
+                let _ = self.troubles.insert(
+                    "survey",
+                    trouble(
+                        &error.to_string(),
+                        "addresses and listeners of this host may be out of date; live connections are cut late",
+                        "see segfw doctor",
+                    ),
+                );
+                return;
+            }
+        };
+        let by_path: BTreeMap<String, u64> =
+            self.registry.words().into_iter().map(|(id, (path, _))| (path, id)).collect();
+        let identity_of = |path: &str| {
+            by_path.get(path).and_then(|id| self.cgroups.get(id)).map_or(segfw_common::Identity::HOST.0, |e| e.identity)
+        };
+        let want = live::addresses(&survey, identity_of);
+        match self.write_addresses(want) {
+            Ok(true) => self.touch(),
+            Ok(false) => {}
+            Err(error) => tracing::error!("{error:#}"),
+        }
+        if let Err(error) = self.forget_strays() {
+            tracing::error!("{error:#}");
+        }
+        if let Err(error) = self.write_endpoints(&survey) {
+            tracing::error!("{error:#}");
+        }
+        self.sweep(&survey);
+        self.publish_names();
+    }
+
+    /// With `--cgroup-root` below the mount the agent answers for that part of the tree only: a namespace in which no
+    /// process of it lives is somebody else's, and its addresses are addresses like any other.
+    pub(super) fn is_ours(&self, namespace: &netns::Namespace) -> bool {
+        let Ok(root) = self.config.cgroup_root.strip_prefix(&self.hierarchy.mount) else { return true };
+        root.as_os_str().is_empty()
+            || namespace.own
+            || namespace.cgroups.iter().any(|path| Path::new(path.trim_start_matches('/')).starts_with(root))
+    }
+
+    pub(super) fn write_addresses(&mut self, want: BTreeMap<Addr, AddressEntry>) -> anyhow::Result<bool> {
+        let mut changed = false;
+        for (addr, entry) in &want {
+            if self.addresses.get(addr) != Some(entry) {
+                self.datapath.set_address(addr, entry)?;
+                changed = true;
+            }
+        }
+        for addr in self.addresses.keys().filter(|a| !want.contains_key(a)) {
+            let _ = self.datapath.remove_address(addr)?;
+            changed = true;
+        }
+        self.addresses = want;
+        Ok(changed)
+    }
+
+    /// Enters what is older than the hooks, takes out what no socket has any more, and mends owners that changed.
+    pub(super) fn write_endpoints(&mut self, survey: &netns::Survey) -> anyhow::Result<()> {
+        let have: BTreeMap<EndpointKey, EndpointEntry> = self.datapath.endpoints()?.into_iter().collect();
+        let mut want = BTreeMap::new();
+        for namespace in &survey.namespaces {
+            if let Err(error) = live::endpoints(namespace, &self.cgroups, &mut want) {
+                tracing::warn!("namespace {}: {error}", namespace.cookie);
+                return Ok(());
+            }
+        }
+        for (key, entry) in &want {
+            let differs = have.get(key).is_none_or(|h| h.identity != entry.identity || h.workload != entry.workload);
+            if differs {
+                self.datapath.set_endpoint(key, entry)?;
+            }
+        }
+        // An entry that was there before the dump began and is in no dump has no socket.
+        for key in have.keys().filter(|k| !want.contains_key(k)) {
+            let _ = self.datapath.remove_endpoint(key)?;
+        }
+        Ok(())
+    }
+
+    /// Ends live connections that the policy in force no longer allows, and writes down by which rule.
+    pub(super) fn sweep(&mut self, survey: &netns::Survey) {
+        let Some(f) = &self.in_force else { return };
+        if self.config.monitor {
+            return;
+        }
+        let now = proc::boot_ns().unwrap_or(0);
+        let view = View { tables: TablesView { tables: &f.tables, now, host_flags: 0 }, datapath: &self.datapath };
+        let mut swept = Swept::default();
+        for namespace in &survey.namespaces {
+            if let Err(error) = live::sweep(namespace, &view, &self.cgroups, &self.draining, &mut swept) {
+                tracing::warn!("sweep of namespace {}: {error}", namespace.cookie);
+            }
+        }
+        let generation = f.revision.generation;
+        self.draining = swept.draining;
+        for cut in swept.cut {
+            let event = revoked(&cut, now, generation);
+            self.history.push(Item::Flow(Box::new(enrich(&event, &self.names))));
+            if let Some(why) = cut.failed {
+                let what = format!("a live connection that is no longer allowed could not be ended: {why}");
+                tracing::warn!("{what}");
+                let _ = self.troubles.insert(
+                    "sweep",
+                    trouble(&what, "its packets are refused, but it stays open on both ends", "see segfw doctor"),
+                );
+            }
+        }
+    }
+
+    /// How long until something happens by itself: the end of a rule, of a window, of a drain.
+    pub(super) fn deadline(&self) -> Duration {
+        let now = proc::boot_ns().unwrap_or(0);
+        let tables = self.in_force.as_ref().map(|f| &f.tables);
+        // One that passed while something else was under way, or while the agent was stopped, is due now.
+        let next = tables.and_then(|t| live::next_deadline(t, self.looked));
+        let refresh = tables.and_then(|t| t.refresh_at);
+        let drain = self.draining.values().min().copied();
+        let next = [next, refresh, drain].into_iter().flatten().min().unwrap_or(u64::MAX);
+        // The kernel's own check is exact; a little later is early enough to end what it already refuses.
+        Duration::from_nanos(next.saturating_sub(now)).min(SURVEY) + Duration::from_millis(5)
+    }
+
+    /// A deadline passed: connections end, timelines are written on.
+    pub(super) fn time_passes(&mut self) {
+        let now = proc::boot_ns().unwrap_or(0);
+        let stale = self.in_force.as_ref().is_some_and(|f| f.tables.refresh_at.is_some_and(|at| now >= at));
+        if stale && let Some(files) = self.in_force.as_ref().map(|f| f.files.clone()) {
+            let _ = self.take(files);
+            // Refused: what is in force goes on to its strict end. Not asked again at once, but not given up either.
+            if let Some(f) = &mut self.in_force
+                && f.tables.refresh_at.is_some_and(|at| now >= at)
+            {
+                f.tables.refresh_at = Some(now.saturating_add(REFRESH_AGAIN.as_nanos() as u64));
+            }
+            return;
+        }
+        self.survey();
+    }
+
+    /// Tells what was added since the last look. An entry stays in the kernel while it is in use: taking it out between
+    /// two denials would lose those that come between the reading and the removal. An agent that takes over tells what
+    /// it finds, since it does not know what the one before had told.
+    pub(super) fn fetch_denials(&mut self) {
+        let generation = self.in_force.as_ref().map_or(0, |f| f.revision.generation);
+        let all = match self.datapath.denials() {
+            Ok(all) => all,
+            Err(error) => {
+                tracing::error!("{error}");
+                return;
+            }
+        };
+        let now = proc::boot_ns().unwrap_or(0);
+        let idle = if all.len() < segfw_common::bounds::DENIALS as usize / 2 { DENIAL_IDLE } else { DENIALS * 2 };
+        let intake = Intake::new(Arc::clone(&self.history));
+        let mut told = BTreeMap::new();
+        for (key, count) in all {
+            let before = self.told.get(&key).copied().unwrap_or(0);
+            // Less than before: the entry is a new one.
+            let new = count.count.checked_sub(before).unwrap_or(count.count);
+            intake.take_denials(&key, &DenialCount { count: new, ..count }, generation, &self.names);
+            if key.reject != 0 {
+                let _ = self.shared.unanswered.fetch_add(new, std::sync::atomic::Ordering::Relaxed);
+            }
+            if new == 0 && now.saturating_sub(count.last) > idle.as_nanos() as u64 {
+                match self.datapath.forget_denial(&key) {
+                    Ok(()) => continue,
+                    Err(error) => tracing::error!("{error}"),
+                }
+            }
+            let _ = told.insert(key, count.count);
+        }
+        self.told = told;
+    }
+}
+
+/// The record of a connection that the sweep ended.
+fn revoked(cut: &live::Cut, now: u64, generation: u32) -> FlowEvent {
+    FlowEvent {
+        time: now,
+        sequence: 0,
+        cgroup: cut.cgroup,
+        netns: cut.flow.netns,
+        bytes_sent: 0,
+        bytes_received: 0,
+        duration: 0,
+        local_addr: cut.flow.local_addr,
+        remote_addr: cut.flow.remote_addr,
+        local: cut.flow.local.0,
+        remote: cut.peer.identity.0,
+        rule: cut.decision.rule,
+        pending_rule: cut.decision.pending_rule,
+        generation,
+        pid: 0,
+        cpu: 0,
+        segments_sent: 0,
+        segments_received: 0,
+        retransmits: 0,
+        rtt_us: 0,
+        local_port: cut.flow.local_port,
+        remote_port: cut.flow.remote_port,
+        protocol: cut.flow.protocol,
+        kind: EventKind::Revoked as u8,
+        direction: cut.flow.direction as u8,
+        verdict: cut.decision.verdict as u8,
+        reason: cut.decision.reason as u8,
+        pending: cut.decision.pending,
+        evidence: cut.peer.evidence as u8,
+        hook: Hook::Sweep as u8,
+        reject: 0,
+        socket_type: 0,
+        pad: [0; 5],
+        comm: [0; 16],
+    }
+}
