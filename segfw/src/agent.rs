@@ -6,6 +6,7 @@
 mod backend;
 pub mod export;
 mod folder;
+mod guard;
 mod kernel;
 pub mod live;
 pub mod registry;
@@ -13,9 +14,10 @@ mod revise;
 pub mod revision;
 mod survey;
 
-use crate::config::Config;
+use crate::config::{Absent, Config};
 use crate::control::report::{self, Finding, Refused, Revision};
 use crate::control::{Listener, serve};
+use crate::datapath::guard::Canary;
 use crate::datapath::{Datapath, attach, sys};
 use crate::flow::record::{CgroupWords, Names};
 use crate::flow::{History, Intake, Item, enrich, history};
@@ -35,7 +37,7 @@ use revision::{Candidate, Files, Saved, Store};
 use segfw_common::event::{DenialCount, DenialKey, Hook};
 use segfw_common::state::PathKey;
 use segfw_common::{Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, EventKind, FlowEvent, control};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -45,9 +47,14 @@ use tokio::sync::mpsc;
 /// How often the policy folder is looked at. A change counts once it has been still for one look.
 const FOLDER_LOOK: Duration = Duration::from_millis(200);
 /// How often addresses, endpoints and live connections are compared with the kernel when nothing seems to happen.
-const SURVEY: Duration = Duration::from_secs(15);
+const SURVEY: Duration = Duration::from_secs(8);
 /// After a change of the cgroup tree namespaces and addresses follow shortly; they are looked at again so long after.
 const SURVEY_SOON: Duration = Duration::from_millis(300);
+/// How often the kernel is asked whether all is as we left it; less often where that takes more than a hundredth of the
+/// time, but [`GUARD_LATEST`] at the latest.
+const GUARD: Duration = Duration::from_secs(2);
+/// See [`GUARD`].
+const GUARD_LATEST: Duration = Duration::from_secs(8);
 /// How often aggregated denials are fetched.
 const DENIALS: Duration = Duration::from_secs(1);
 /// An entry that nothing was added to for so long makes room; much sooner where half of all room is taken.
@@ -62,6 +69,8 @@ struct InForce {
     files: Files,
     policy: HostPolicy,
     tables: Tables,
+    /// Numbers of the kernel's maps that hold the tables.
+    maps: Vec<u32>,
 }
 
 /// Everything the agent knows. One owner at a time, never across an await.
@@ -90,6 +99,15 @@ pub struct Core {
     attached: bool,
     /// Aggregated denials that the history has, by key.
     told: BTreeMap<DenialKey, u64>,
+    /// Flags of the host as we wrote them.
+    flags: u64,
+    /// After a boot with `absence.beforeFirstRevision: closed`, until the folder's revision is in force.
+    closed_until_first: bool,
+    /// What was found changed in the kernel; the newest last.
+    repairs: VecDeque<report::Repair>,
+    /// All that ever were.
+    repaired: u64,
+    canary: Option<Canary>,
     /// Boot time before which every answer that changes by itself was looked at.
     looked: u64,
 }
@@ -109,6 +127,11 @@ impl Agent {
 
 /// Runs until `shutdown`. Enforcement stays.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let missing = crate::host::doctor::required();
+    if !missing.is_empty() {
+        let all = missing.iter().map(|c| format!("{}: {} ({}; {})", c.name, c.what, c.consequence, c.remedy));
+        anyhow::bail!("this host cannot be enforced:\n  {}", all.collect::<Vec<_>>().join("\n  "));
+    }
     match proc::ensure_bpffs().context("no BPF file system at /sys/fs/bpf, and none can be mounted")? {
         proc::Bpffs::MountedNow => tracing::warn!("mounted a BPF file system at /sys/fs/bpf"),
         proc::Bpffs::Mounted => {}
@@ -150,6 +173,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
     let mut denials = tokio::time::interval(DENIALS);
     denials.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut survey_at = tokio::time::Instant::now() + SURVEY;
+    let mut guard_at = tokio::time::Instant::now() + GUARD;
     tokio::pin!(shutdown);
     tokio::pin!(drain);
     let ended = loop {
@@ -180,6 +204,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
                 }
             }
             _ = denials.tick() => agent.core().fetch_denials(),
+            () = tokio::time::sleep_until(guard_at) => {
+                let agent = Arc::clone(&agent);
+                let begun = tokio::time::Instant::now();
+                on_thread(move || agent.core().guard()).await;
+                guard_at = begun + (begun.elapsed() * 100).clamp(GUARD, GUARD_LATEST);
+            }
             () = tokio::time::sleep_until(survey_at) => {
                 let agent = Arc::clone(&agent);
                 on_thread(move || agent.core().survey()).await;

@@ -75,17 +75,39 @@ impl Absent {
 }
 
 /// The declared behaviours (architecture, section 6).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct AbsenceConfig {
     /// After a boot, until a revision of the policy folder is in force.
     pub before_first_revision: Absent,
-    /// No agent has run for [`AGENT_GONE`].
+    /// No agent has been heard of for `agent_gone_after_seconds`.
     pub agent_gone: Absent,
+    /// An agent that has not been heard of for so long counts as gone. 4 to 86,400.
+    #[serde(deserialize_with = "gone_after")]
+    pub agent_gone_after_seconds: u32,
 }
 
-/// An agent that has not been heard of for so long counts as gone: several restarts and an upgrade fit into it.
-pub const AGENT_GONE: std::time::Duration = std::time::Duration::from_secs(60);
+/// Several restarts and an upgrade fit into it.
+pub const AGENT_GONE_AFTER_SECONDS: u32 = 60;
+
+impl Default for AbsenceConfig {
+    fn default() -> Self {
+        Self {
+            before_first_revision: Absent::default(),
+            agent_gone: Absent::default(),
+            agent_gone_after_seconds: AGENT_GONE_AFTER_SECONDS,
+        }
+    }
+}
+
+/// The agent says four times in that span that it lives, and that is looked at each second.
+fn gone_after<'de, D: serde::Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
+    let seconds = u32::deserialize(from)?;
+    match seconds {
+        4..=86_400 => Ok(seconds),
+        _ => Err(serde::de::Error::custom(format!("{seconds} is not from 4 to 86400 (seconds)"))),
+    }
+}
 
 /// Flow records on disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

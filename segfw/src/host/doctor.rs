@@ -58,6 +58,14 @@ pub fn checks() -> Vec<Check> {
     checks
 }
 
+/// What an agent cannot do without; empty = it can start. One call, no probe with side effects.
+pub fn required() -> Vec<Check> {
+    let mut checks = vec![kernel(), cgroup2()];
+    checks.extend(capabilities());
+    checks.retain(|check| check.level == Level::Fail);
+    checks
+}
+
 /// The worst level; [`Level::Ok`] if there is none.
 pub fn worst(checks: &[Check]) -> Level {
     checks.iter().map(|c| c.level).max().unwrap_or(Level::Ok)

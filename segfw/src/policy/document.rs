@@ -111,19 +111,16 @@ pub struct WorkloadDoc {
 
 #[derive(Clone, Debug)]
 pub enum Matcher {
+    /// A unit of the system's manager.
     SystemdUnit(Glob),
+    /// A unit of a user's manager. The user is named, since each can give their units any name.
+    SystemdUserUnit { unit: Glob, user: Glob },
     /// The path of the cgroup from its root, beginning with `/`.
     Cgroup(Glob),
     /// At least one of the two is there.
-    Container {
-        image: Option<Glob>,
-        name: Option<Glob>,
-    },
+    Container { image: Option<Glob>, name: Option<Glob> },
     /// At least one of the two is there.
-    Pod {
-        namespace: Option<String>,
-        labels: Labels,
-    },
+    Pod { namespace: Option<String>, labels: Labels },
 }
 
 #[derive(Clone, Debug)]
@@ -637,9 +634,10 @@ impl<'r> Reader<'r> {
     }
 
     fn matcher(&mut self, node: &Node) -> Option<At<Matcher>> {
-        let fields = self.fields(node, "a matcher", &["systemdUnit", "cgroup", "container", "pod"])?;
+        let fields =
+            self.fields(node, "a matcher", &["systemdUnit", "systemdUserUnit", "cgroup", "container", "pod"])?;
         let [(key, value)] = fields.entries.as_slice() else {
-            let why = "each has exactly one of systemdUnit, cgroup, container, pod";
+            let why = "each has exactly one of systemdUnit, systemdUserUnit, cgroup, container, pod";
             if !fields.entries.is_empty() || matches!(&node.value, Value::Map(m) if m.is_empty()) {
                 let _ = self.say(node, format!("a matcher has {} keys", fields.entries.len()), why);
             }
@@ -648,6 +646,12 @@ impl<'r> Reader<'r> {
         let later = "it matches nothing: this version of segfw does not discover containers yet";
         let value = match *key {
             "systemdUnit" => Matcher::SystemdUnit(self.glob(value, "systemdUnit", false)?),
+            "systemdUserUnit" => {
+                let fields = self.fields(value, "systemdUserUnit", &["unit", "user"])?;
+                let unit = self.required(&fields, "unit").and_then(|n| self.glob(n, "unit", false));
+                let user = self.required(&fields, "user").and_then(|n| self.glob(n, "user", false));
+                Matcher::SystemdUserUnit { unit: unit?, user: user? }
+            }
             "cgroup" => {
                 let glob = self.glob(value, "cgroup", true)?;
                 if !glob.text.starts_with('/') {

@@ -426,12 +426,12 @@ spec: {match: [], labels: {}}
             a.yaml:6:20: error: bad glob "a[" (unclosed character class; missing ']')
             a.yaml:7:15: error: the cgroup "system.slice/x" does not begin with / (paths are from the root of the cgroup tree)
               help: write "/system.slice/x"
-            a.yaml:8:7: error: a matcher has 0 keys (each has exactly one of systemdUnit, cgroup, container, pod)
-            a.yaml:9:7: error: a matcher has 2 keys (each has exactly one of systemdUnit, cgroup, container, pod)
+            a.yaml:8:7: error: a matcher has 0 keys (each has exactly one of systemdUnit, systemdUserUnit, cgroup, container, pod)
+            a.yaml:9:7: error: a matcher has 2 keys (each has exactly one of systemdUnit, systemdUserUnit, cgroup, container, pod)
             a.yaml:10:18: error: container says nothing (it has an image, a name, or both)
             a.yaml:11:7: warning: the container matcher is not supported yet (it matches nothing: this version of segfw does not discover containers yet)
             a.yaml:12:7: warning: the pod matcher is not supported yet (it matches nothing: this version of segfw does not discover containers yet)
-            a.yaml:13:7: error: unknown key "podd" (a matcher has systemdUnit, cgroup, container, pod)
+            a.yaml:13:7: error: unknown key "podd" (a matcher has systemdUnit, systemdUserUnit, cgroup, container, pod)
               help: did you mean "pod"?
             a.yaml:14:17: error: bad label value "a,b=c" (a label value has at most 63 letters, digits, '-', '_' or '.', and begins and ends with a letter or digit)
             a.yaml:14:26: error: bad label key "k=v" (a label key has 1 to 63 letters, digits, '-', '_' or '.', and begins and ends with a letter or digit)

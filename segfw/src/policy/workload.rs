@@ -41,14 +41,54 @@ impl Glob {
 pub struct CgroupFacts {
     /// From the root of the cgroup tree, such as `/system.slice/nginx.service`.
     pub path: String,
-    /// The systemd unit, such as `nginx.service`.
-    pub unit: Option<String>,
+    /// The systemd unit that the cgroup is.
+    pub unit: Option<UnitFacts>,
+}
+
+/// A systemd unit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnitFacts {
+    /// Such as `nginx.service`.
+    pub name: String,
+    /// Of whose manager; `None` = of the system's.
+    pub user: Option<UserFacts>,
+}
+
+/// A user with a systemd of their own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UserFacts {
+    pub uid: u32,
+    /// `None` = the user database does not know the number.
+    pub name: Option<String>,
+}
+
+impl UnitFacts {
+    /// Of the system's manager.
+    pub fn system(name: &str) -> Self {
+        Self { name: name.to_owned(), user: None }
+    }
+
+    /// Does a pattern for services mean this unit? A socket unit is its service: systemd makes the listener in the cgroup
+    /// of `foo.socket`, and what `foo.service` accepts from it stays there. With `Accept=yes` the service is a template.
+    fn is(&self, glob: &Glob) -> bool {
+        if glob.matches(&self.name) {
+            return true;
+        }
+        let Some(socket) = self.name.strip_suffix(".socket") else { return false };
+        glob.matches(&format!("{socket}.service")) || glob.matches(&format!("{socket}@.service"))
+    }
 }
 
 impl WorkloadDoc {
     pub fn is_match(&self, facts: &CgroupFacts) -> bool {
         self.matches.iter().any(|m| match &m.value {
-            Matcher::SystemdUnit(glob) => facts.unit.as_deref().is_some_and(|unit| glob.matches(unit)),
+            Matcher::SystemdUnit(glob) => facts.unit.as_ref().is_some_and(|unit| unit.user.is_none() && unit.is(glob)),
+            Matcher::SystemdUserUnit { unit: glob, user } => facts.unit.as_ref().is_some_and(|unit| {
+                let of = |u: &UserFacts| {
+                    user.matches(&u.uid.to_string()) || u.name.as_deref().is_some_and(|n| user.matches(n))
+                };
+                unit.is(glob) && unit.user.as_ref().is_some_and(of)
+            }),
             Matcher::Cgroup(glob) => glob.matches(&facts.path),
             // Containers are not discovered yet; the parser warned.
             Matcher::Container { .. } | Matcher::Pod { .. } => false,
@@ -115,7 +155,10 @@ pub fn managed_parents(docs: &[WorkloadDoc]) -> Vec<String> {
         .flat_map(|d| &d.matches)
         .filter_map(|m| match &m.value {
             Matcher::Cgroup(glob) => Some(glob.text.as_str()),
-            Matcher::SystemdUnit(_) | Matcher::Container { .. } | Matcher::Pod { .. } => None,
+            Matcher::SystemdUnit(_)
+            | Matcher::SystemdUserUnit { .. }
+            | Matcher::Container { .. }
+            | Matcher::Pod { .. } => None,
         })
         .filter(|text| text.rsplit('/').next().is_some_and(|last| last.contains(wild)))
         .filter_map(|text| {
@@ -157,6 +200,10 @@ mod tests {
             (r#"systemdUnit: "postgresql@*.service""#, "/x", Some("postgresql@15-main.service"), true),
             (r#"systemdUnit: "postgresql@*.service""#, "/x", Some("postgresql.service"), false),
             (r#"systemdUnit: "*""#, "/x", None, false),
+            ("systemdUnit: web.service", "/x", Some("web.socket"), true),
+            (r#"systemdUnit: "web@*.service""#, "/x", Some("web.socket"), true),
+            ("systemdUnit: web.service", "/x", Some("webx.socket"), false),
+            ("systemdUserUnit: {unit: web.service, user: root}", "/x", Some("web.service"), false),
             (r#"cgroup: "/machine.slice/pg-*""#, "/machine.slice/pg-1", None, true),
             (r#"cgroup: "/machine.slice/pg-*""#, "/machine.slice/pg-1/child", None, false),
             (r#"cgroup: "/machine.slice/pg-*""#, "/machine.slice/pgx", None, false),
@@ -166,7 +213,7 @@ mod tests {
             (r#"cgroup: "/a/{b,c}""#, "/a/c", None, true),
         ] {
             let docs = docs(&doc("w", matcher, "app: w"));
-            let facts = CgroupFacts { path: path.into(), unit: unit.map(Into::into) };
+            let facts = CgroupFacts { path: path.into(), unit: unit.map(UnitFacts::system) };
             assert_eq!(labels_for(&docs, &facts, &Labels::new()).is_some(), hit, "{matcher} {path}");
         }
     }
