@@ -233,6 +233,12 @@ pub enum ConfigError {
     /// The settings file.
     #[error("{0}: {1}")]
     Settings(String, String),
+    /// The old hierarchies only: containers share one cgroup of the new one there.
+    #[error(
+        "cgroup v1 only: no cgroup2 file system is mounted; boot with systemd.unified_cgroup_hierarchy=1, or mount one \
+         (mount -t cgroup2 none /sys/fs/cgroup/unified)"
+    )]
+    V1Only,
     /// No hierarchy.
     #[error(
         "no cgroup2 file system is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup) or name it with --cgroup-root"
@@ -265,7 +271,8 @@ pub fn cgroup2_root(mountinfo: &str) -> Result<PathBuf, ConfigError> {
         let (root, point) = (fields.next()?, fields.next()?);
         (root == "/" && after.split(' ').next() == Some("cgroup2")).then(|| PathBuf::from(unescape(point)))
     };
-    mountinfo.lines().find_map(mount).ok_or(ConfigError::NoCgroup2)
+    let v1 = || mountinfo.lines().any(|line| line.contains(" - cgroup "));
+    mountinfo.lines().find_map(mount).ok_or_else(|| if v1() { ConfigError::V1Only } else { ConfigError::NoCgroup2 })
 }
 
 /// Space, tab, newline and backslash are written as `\040` and so on.
