@@ -210,7 +210,11 @@ impl Registry {
 }
 
 fn facts(path: &Path) -> CgroupFacts {
-    CgroupFacts { path: path.to_string_lossy().into_owned(), unit: crate::host::cgroup::unit(path).map(str::to_owned) }
+    CgroupFacts {
+        path: path.to_string_lossy().into_owned(),
+        unit: crate::host::cgroup::unit(path).map(str::to_owned),
+        ..CgroupFacts::default()
+    }
 }
 
 #[cfg(test)]

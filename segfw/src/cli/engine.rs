@@ -96,14 +96,14 @@ impl Loaded {
         let labels = |facts: &CgroupFacts| labels_for(&self.workloads, facts, &Labels::new()).map(|(_, labels)| labels);
         if name.starts_with('/') {
             let unit = cgroup::unit(Path::new(name)).map(str::to_owned);
-            return labels(&CgroupFacts { path: name.to_owned(), unit });
+            return labels(&CgroupFacts { path: name.to_owned(), unit, ..CgroupFacts::default() });
         }
         if let Some(doc) = self.workloads.iter().find(|d| d.meta.name == name) {
             return Some(doc.labels.clone());
         }
         // Without an ending it is no unit, and a glob such as "*" would take any word for one.
         let _ = cgroup::unit(Path::new(name))?;
-        labels(&CgroupFacts { path: unit_cgroup(name), unit: Some(name.to_owned()) })
+        labels(&CgroupFacts { path: unit_cgroup(name), unit: Some(name.to_owned()), ..CgroupFacts::default() })
     }
 
     /// What a name could have been meant for.
