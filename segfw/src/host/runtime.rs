@@ -9,7 +9,7 @@
 //! [`Listing::find`] puts both sides together.
 
 use crate::config::RuntimeConfig;
-use crate::policy::container::{ContainerFacts, Kind};
+use crate::policy::container::{ContainerFacts, Kind, PodFacts};
 use limits::{Answer, DEADLINE};
 use std::collections::HashMap;
 use std::fs;
@@ -72,6 +72,8 @@ pub struct Listing {
 struct Index {
     by_cgroup: HashMap<(u32, String), usize>,
     by_id: HashMap<(u32, String), Vec<usize>>,
+    /// Of root's runtimes: Kubernetes has no others.
+    by_pod: HashMap<String, usize>,
 }
 
 impl Runtimes {
@@ -231,7 +233,7 @@ impl Listing {
                 self.left_out += 1;
             }
             // Other ids are names, which several namespaces of containerd may use.
-            let unique = path::bare_id(Path::new(&facts.id)).is_some();
+            let unique = path::is_id(&facts.id);
             let key = (facts.owner, facts.id.clone());
             let same = self.index.by_id.get(&key).into_iter().flatten().copied().find(|n| {
                 let other = self.containers.get(*n);
@@ -245,10 +247,12 @@ impl Listing {
                     self.containers.push(facts);
                 }
             }
-            if let Some(facts) = self.containers.get(n)
-                && let Some(cgroup) = &facts.cgroup
-            {
+            let Some(facts) = self.containers.get(n) else { continue };
+            if let Some(cgroup) = &facts.cgroup {
                 self.index.by_cgroup.entry((facts.owner, cgroup.clone())).or_insert(n);
+            }
+            if let Some(pod) = facts.pod.as_ref().filter(|pod| facts.owner == 0 && !pod.uid.is_empty()) {
+                self.index.by_pod.entry(pod.uid.clone()).or_insert(n);
             }
         }
     }
@@ -257,7 +261,7 @@ impl Listing {
     /// registered ancestor is the caller's business.
     ///
     /// Where the path is in a tree whose owner may make cgroups of any name (another container, a service with
-    /// `Delegate=yes`), the name proves nothing: there a container is found only if its runtime named that very path.
+    /// `Delegate=yes`, a folder that no known driver makes), the name proves nothing: there a container is found only if its runtime named that very path.
     pub fn find(&self, path: &Path) -> Option<&ContainerFacts> {
         let user = path::user(path);
         let owner = user.unwrap_or(0);
@@ -265,21 +269,23 @@ impl Listing {
         if let Some(n) = named {
             return self.containers.get(*n);
         }
+        let found = path::container(path)?;
         // All of a user's slice is his, and so is what his runtimes say.
-        if user.is_none() && path::within_delegated(path) {
+        if found.delegated && user.is_none() {
             return None;
         }
-        let of = |id: &str| self.index.by_id.get(&(owner, id.to_owned())).into_iter().flatten();
-        if let Some(found) = path::container(path) {
-            let fits = |facts: &&ContainerFacts| match found.runtime {
-                Some(runtime) => facts.runtime == runtime,
-                None => matches!(facts.runtime, Kind::Containerd | Kind::Docker),
-            };
-            return of(&found.id).filter_map(|n| self.containers.get(*n)).find(fits);
-        }
-        // `docker run --cgroup-parent /mine`: Docker does not say where, and the id is its own.
-        let id = path::bare_id(path)?;
-        of(id).filter_map(|n| self.containers.get(*n)).find(|f| f.runtime == Kind::Docker && f.cgroup.is_none())
+        let fits = |facts: &&ContainerFacts| match found.runtime {
+            Some(runtime) => facts.runtime == runtime,
+            None => matches!(facts.runtime, Kind::Containerd | Kind::Docker),
+        };
+        let same = self.index.by_id.get(&(owner, found.id.clone())).into_iter().flatten();
+        same.filter_map(|n| self.containers.get(*n)).find(fits)
+    }
+
+    /// The pod with this uid ([`path::pod`] gives it), for the pod's own cgroup.
+    pub fn pod(&self, uid: &str) -> Option<&PodFacts> {
+        let n = self.index.by_pod.get(uid)?;
+        self.containers.get(*n)?.pod.as_ref()
     }
 }
 

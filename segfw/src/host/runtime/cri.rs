@@ -62,6 +62,9 @@ pub(super) struct PodSandbox {
     pub(super) id: String,
     #[prost(message, optional, tag = "2")]
     pub(super) metadata: Option<PodSandboxMetadata>,
+    /// 0 = ready; else the pod was started again, and this is what is left of its former life.
+    #[prost(int32, tag = "3")]
+    pub(super) state: i32,
     #[prost(map = "string, string", tag = "5")]
     pub(super) labels: HashMap<String, String>,
 }
@@ -147,7 +150,7 @@ fn image_of(container: &Container) -> String {
 fn join(
     kind: Kind,
     owner: u32,
-    sandboxes: Vec<PodSandbox>,
+    mut sandboxes: Vec<PodSandbox>,
     containers: Vec<Container>,
     images: Vec<Image>,
     answer: &mut Answer,
@@ -164,6 +167,8 @@ fn join(
             (qualified(&image.id), names)
         })
         .collect();
+    // Those that live first: the first with a pod's uid is what is known of the pod.
+    sandboxes.sort_by(|a, b| (a.state != 0, &a.id).cmp(&(b.state != 0, &b.id)));
     let mut pods = BTreeMap::new();
     for sandbox in sandboxes {
         let Some(metadata) = sandbox.metadata else {
@@ -176,6 +181,12 @@ fn join(
             uid: answer.text(metadata.uid),
             labels: answer.labels(sandbox.labels),
         };
+        // The container that holds a pod's namespaces is in no list of containers, but has a cgroup of its own.
+        let id = answer.text(sandbox.id.clone());
+        if !id.is_empty() && answer.room() {
+            let holder = ContainerFacts { pod: Some(pod.clone()), ..ContainerFacts::new(kind, id, owner) };
+            answer.containers.push(holder);
+        }
         pods.insert(sandbox.id, pod);
     }
     for container in containers {
@@ -198,13 +209,6 @@ fn join(
         facts.pod = pods.get(&container.pod_sandbox_id).cloned();
         answer.containers.push(facts);
     }
-    // The container that holds a pod's namespaces is in no list of containers, but has a cgroup of its own.
-    for (id, pod) in pods {
-        if answer.room() {
-            let id = answer.text(id);
-            answer.containers.push(ContainerFacts { pod: Some(pod), ..ContainerFacts::new(kind, id, owner) });
-        }
-    }
 }
 
 #[cfg(test)]
@@ -221,11 +225,13 @@ mod tests {
     #[test]
     fn pods_and_images_are_joined() {
         let id = format!("sha256:{}", "8".repeat(64));
-        let sandbox = PodSandbox {
-            id: "s1".into(),
-            metadata: Some(PodSandboxMetadata { name: "db-0".into(), uid: "u1".into(), namespace: "pay".into() }),
+        let sandbox = |id: &str, name: &str, state| PodSandbox {
+            id: id.into(),
+            metadata: Some(PodSandboxMetadata { name: name.into(), uid: "u1".into(), namespace: "pay".into() }),
+            state,
             labels: map(&[("app", "db")]),
         };
+        let sandboxes = vec![sandbox("s0", "db-old", 1), PodSandbox::default(), sandbox("s1", "db-0", 0)];
         let container = |n: &str, image| Container {
             id: n.into(),
             pod_sandbox_id: "s1".into(),
@@ -247,7 +253,7 @@ mod tests {
             repo_digests: vec![],
         };
         let mut answer = Answer::default();
-        join(Kind::Containerd, 0, vec![sandbox, PodSandbox::default()], containers, vec![image], &mut answer);
+        join(Kind::Containerd, 0, sandboxes, containers, vec![image], &mut answer);
         let seen: Vec<_> = answer
             .containers
             .iter()
@@ -256,14 +262,15 @@ mod tests {
         assert_eq!(
             seen,
             [
+                ("s1", "", 0, Some("db-0")),
+                ("s0", "", 0, Some("db-old")),
                 ("a", "corp.example/pg:1", 1, Some("db-0")),
                 ("b", "reg.example/pg:16", 0, Some("db-0")),
                 ("c", "docker.io/library/redis:latest", 0, Some("db-0")),
                 ("d", "", 0, None),
-                ("s1", "", 0, Some("db-0")),
             ]
         );
-        assert_eq!(answer.containers[0].aliases, ["docker.io/library/postgres:16"]);
+        assert_eq!(answer.containers[2].aliases, ["docker.io/library/postgres:16"]);
         assert_eq!(answer.left_out, 1, "the pod without metadata");
     }
 

@@ -40,6 +40,9 @@ const RUNTIME_SERVICES: [&str; 9] = [
     "rke2-server.service",
 ];
 
+/// Plain folders of the known drivers. Any other may be a container's by another name (LXC: `/lxc.payload.x`).
+const FOLDERS: [&str; 6] = ["besteffort", "burstable", "docker", "kubelet", "kubepods", "libpod_parent"];
+
 /// Names before the id: systemd scopes (then with `.scope`), and cgroupfs.
 const SCOPES: [(&str, Kind); 5] = [
     ("cri-containerd-", Kind::Containerd),
@@ -79,7 +82,8 @@ pub fn prefixes() -> &'static [&'static str] {
     ]
 }
 
-fn is_id(text: &str) -> bool {
+/// What all runtimes but containerd's own API use for an id.
+pub(super) fn is_id(text: &str) -> bool {
     text.len() == ID_DIGITS && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
@@ -171,23 +175,17 @@ pub(super) fn user(path: &Path) -> Option<u32> {
     slice.strip_prefix("user-")?.strip_suffix(".slice")?.parse().ok()
 }
 
-/// The owner of one of these cgroups may make any name in it. Plain folders count as root's: outside of units and
-/// containers nobody else can make one.
+/// The owner of one of these cgroups may make any name in it. Only slices, folders of known drivers and the services of
+/// runtimes are surely root's.
 fn is_delegated(above: &[&str]) -> bool {
-    above.iter().enumerate().any(|(i, name)| {
-        let unit = name.ends_with(".scope") || name.ends_with(".service") && !RUNTIME_SERVICES.contains(name);
-        unit || component(if i == 0 { "" } else { above[i - 1] }, name).is_some()
+    !above.iter().enumerate().all(|(i, name)| {
+        let parent = if i == 0 { "" } else { above[i - 1] };
+        let roots = name.ends_with(".slice")
+            || FOLDERS.contains(name)
+            || RUNTIME_SERVICES.contains(name)
+            || pod_uid(parent, name).is_some();
+        roots && component(parent, name).is_none()
     })
-}
-
-/// True below a unit or container that may make cgroups of any name.
-pub(super) fn within_delegated(path: &Path) -> bool {
-    components(path).split_last().is_some_and(|(_, above)| is_delegated(above))
-}
-
-/// The id, where the last component is nothing but one: Docker with `--cgroup-parent`.
-pub(super) fn bare_id(path: &Path) -> Option<&str> {
-    path.file_name()?.to_str().filter(|name| is_id(name))
 }
 
 /// The cgroup path that `linux.cgroupsPath` of an OCI specification means: an absolute path, or systemd's
@@ -274,7 +272,6 @@ mod tests {
             ),
             // cgroupfs driver
             ("/docker/{A}", Some(Docker), false, false, None),
-            ("/docker/buildkit/{A}", None, false, false, None),
             ("/kubepods/burstable/pod{UID}/{A}", None, true, false, None),
             ("/kubepods/pod{UID}/{A}", None, true, false, None),
             ("/kubepods/besteffort/pod{UID}/crio-{A}", Some(CriO), true, false, None),
@@ -324,13 +321,11 @@ mod tests {
             ("/docker/{B}/kubelet/kubepods/burstable/pod{UID}/{A}", None, true, true, None),
             ("/docker/{B}/docker/{A}", Some(Docker), false, true, None),
             ("/system.slice/evil.service/docker/{A}", Some(Docker), false, true, None),
+            ("/lxc.payload.x/docker/{A}", Some(Docker), false, true, None),
+            ("/lxc/docker/docker/{A}", Some(Docker), false, true, None),
         ] {
             let path = fill(path);
             let found = container(Path::new(&path));
-            if path.contains("buildkit") {
-                assert_eq!(found, None, "{path}");
-                continue;
-            }
             let pod_uid = pod.then(|| UID.to_owned());
             let expected = ContainerPath { runtime, id: A.into(), pod_uid, delegated, user };
             assert_eq!(found, Some(expected), "{path}");
@@ -344,6 +339,7 @@ mod tests {
             "",
             "/docker",
             "/docker/short",
+            "/docker/buildkit/{A}",
             "/{A}",
             "/default/{A}",
             "/default/ctr-one",
@@ -381,6 +377,7 @@ mod tests {
             ("/system.slice/my-pod{U_D}.slice", false),
             ("/docker/{B}/kubepods/pod{UID}", false),
             ("/system.slice/evil.service/kubepods/pod{UID}", false),
+            ("/lxc.payload.x/kubepods/pod{UID}", false),
         ] {
             let path = fill(path);
             assert_eq!(pod(Path::new(&path)), expected.then(|| UID.to_owned()), "{path}");

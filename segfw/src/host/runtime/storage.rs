@@ -7,7 +7,7 @@
 
 use super::containerd::Spec;
 use super::limits::{ANSWER_BYTES, Answer, Bounded};
-use super::path::bare_id;
+use super::path::is_id;
 use crate::policy::container::{ContainerFacts, Kind, PodFacts, qualified};
 use serde::Deserialize;
 use std::collections::HashMap;
@@ -110,7 +110,7 @@ impl Storage {
         seen: &mut HashMap<PathBuf, (Stamp, Option<String>)>,
     ) {
         // It becomes part of a path below.
-        if bare_id(Path::new(&stored.id)) != Some(&stored.id) {
+        if !is_id(&stored.id) {
             answer.left_out += 1;
             return;
         }

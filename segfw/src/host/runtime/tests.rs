@@ -1,5 +1,4 @@
 use super::*;
-use crate::policy::container::PodFacts;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::time::Instant;
@@ -29,12 +28,12 @@ fn containers_are_found_by_their_cgroups() {
         ("/kubepods.slice/kubepods-pod{UID}.slice/cri-containerd-{A}.scope", Some("cri")),
         ("/docker/{B}", Some("docker")),
         ("/system.slice/docker-{B}.scope", Some("docker")),
-        ("/mine/{B}", Some("docker")),
         ("/default/web", Some("ctr")),
         // Neither a runtime's id in the name of another runtime, nor names that no runtime told.
         ("/docker/{A}", None),
         ("/system.slice/cri-containerd-{B}.scope", None),
-        ("/mine/{A}", None),
+        ("/mine/{B}", None),
+        ("/lxc.payload.x/docker/{B}", None),
         ("/other/web", None),
         // Below a container it is the container's own word.
         ("/docker/{B}/kubepods/pod{UID}/{A}", None),
@@ -91,6 +90,12 @@ fn what_several_sources_say_is_joined() {
         ..facts(Kind::Podman, A, 0, "folder")
     };
     let other = facts(Kind::Docker, A, 0, "docker");
+    let in_pod = |owner| ContainerFacts {
+        pod: Some(PodFacts { uid: format!("u{owner}"), ..PodFacts::default() }),
+        ..facts(Kind::Containerd, B, owner, "")
+    };
+    let pods = Listing::of(vec![in_pod(0), in_pod(1000)]);
+    assert!(pods.pod("u0").is_some() && pods.pod("u1000").is_none() && pods.pod("").is_none());
     let listing = Listing::of(vec![api, folder, other]);
     assert_eq!(listing.containers.len(), 2, "Docker's is another one");
     let joined = &listing.containers[0];
