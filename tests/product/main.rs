@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 mod runtimes;
 
+/// Its name, and what it does.
 type Test = (&'static str, fn() -> Result<()>);
 
 fn main() -> ExitCode {

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tonic::transport::{Channel, Endpoint};
 
-pub(crate) fn tests() -> Vec<(&'static str, fn() -> Result<()>)> {
+pub(crate) fn tests() -> Vec<crate::Test> {
     vec![
         ("runtimes: podman without a service, and with one", podman),
         ("runtimes: containers of ctr", ctr),
@@ -232,6 +232,11 @@ fn podman() -> Result<()> {
     Ok(())
 }
 
+/// Of the only pod of this process; unique, since it is in the path of cgroups.
+fn pod_uid() -> String {
+    format!("5e9f0000-0000-4000-8000-{:012x}", std::process::id())
+}
+
 /// containerd with its own folders and socket, and the test image in it.
 struct Containerd<'a> {
     scratch: &'a Scratch,
@@ -332,6 +337,10 @@ impl Drop for Containerd<'_> {
                 let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
             }
         }
+        // Of containers, of the pod, and what is above them if nobody else is in it.
+        let pod = format!("kubepods/burstable/pod{}", pod_uid());
+        let shared = ["kubepods/burstable", "kubepods", "k8s.io"].map(str::to_owned);
+        remove_cgroups(&[&[self.scratch.name.clone(), pod], &shared[..]].concat());
     }
 }
 
@@ -367,8 +376,6 @@ fn ctr() -> Result<()> {
         }
         Ok(())
     })();
-    containerd.clean();
-    remove_cgroups(&[scratch.name.clone()]);
     end
 }
 
@@ -477,8 +484,7 @@ fn cri() -> Result<()> {
     need(&["containerd", "ctr", "runc", "podman", "tar"])?;
     let scratch = Scratch::new()?;
     let containerd = Containerd::start(&scratch)?;
-    // Unique, since it is in the path of cgroups.
-    let uid = format!("5e9f0000-0000-4000-8000-{:012x}", std::process::id());
+    let uid = pod_uid();
     let parent = format!("/kubepods/burstable/pod{uid}");
     let runtime = tokio::runtime::Runtime::new()?;
     let channel = {
@@ -562,9 +568,6 @@ fn cri() -> Result<()> {
         let _: Result<api::Empty> = runtime.block_on(call(&channel, "StopPodSandbox", api::Id { id: id.clone() }));
         let _: Result<api::Empty> = runtime.block_on(call(&channel, "RemovePodSandbox", api::Id { id }));
     }
-    containerd.clean();
-    let pod = parent.trim_start_matches('/').to_owned();
-    remove_cgroups(&[pod, "kubepods/burstable".into(), "kubepods".into(), "k8s.io".into()]);
     end.with_context(|| {
         let log = fs::read_to_string(scratch.path("containerd.log")).unwrap_or_default();
         let worst: Vec<&str> = log.lines().filter(|l| l.contains("level=error")).collect();
