@@ -108,18 +108,28 @@ fn cgroup_of(pid: &str) -> Result<PathBuf> {
     text.lines().find_map(|l| l.strip_prefix("0::")).map(PathBuf::from).context("no cgroup2 path")
 }
 
-/// Removes empty cgroups, in every hierarchy: runtimes leave the parents of their containers.
-fn remove_cgroups(paths: &[String]) {
-    for root in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-        for path in paths {
-            // The kernel removes cgroups only if they are empty.
-            let _ = fs::remove_dir(root.path().join(path));
+/// Removes empty cgroups, in every hierarchy: runtimes leave the parents of their containers. Own ones are waited for,
+/// since helpers (conmon) end a little after their containers.
+fn remove_cgroups(own: &[String], shared: &[&str]) {
+    let begin = Instant::now();
+    let hierarchies = || {
+        let v1 = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|e| e.path());
+        v1.chain(Hierarchy::find().ok().map(|h| h.mount))
+    };
+    loop {
+        // The kernel removes them only if they are empty.
+        let stay = |path: &str| {
+            let full: Vec<_> = hierarchies().map(|h| h.join(path)).filter(|p| p.is_dir()).collect();
+            full.iter().filter(|p| fs::remove_dir(p).is_err()).count()
+        };
+        let left: usize = own.iter().map(|path| stay(path)).sum();
+        if left == 0 || begin.elapsed() > Duration::from_secs(5) {
+            for path in shared {
+                stay(path);
+            }
+            return;
         }
-    }
-    if let Ok(hierarchy) = Hierarchy::find() {
-        for path in paths {
-            let _ = fs::remove_dir(hierarchy.mount.join(path));
-        }
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -161,7 +171,7 @@ impl Drop for Podman<'_> {
     fn drop(&mut self) {
         let _ = self.run(&["rm", "--all", "--force", "--time", "0"]);
         // `/libpod_parent` stays: it is Podman's own, and other containers' too.
-        remove_cgroups(&[format!("{}/conmon", self.0.name), self.0.name.clone()]);
+        remove_cgroups(&[format!("{}/conmon", self.0.name), self.0.name.clone()], &[]);
     }
 }
 
@@ -339,8 +349,7 @@ impl Drop for Containerd<'_> {
         }
         // Of containers, of the pod, and what is above them if nobody else is in it.
         let pod = format!("kubepods/burstable/pod{}", pod_uid());
-        let shared = ["kubepods/burstable", "kubepods", "k8s.io"].map(str::to_owned);
-        remove_cgroups(&[&[self.scratch.name.clone(), pod], &shared[..]].concat());
+        remove_cgroups(&[self.scratch.name.clone(), pod], &["kubepods/burstable", "kubepods", "k8s.io"]);
     }
 }
 
@@ -349,34 +358,28 @@ fn ctr() -> Result<()> {
     let scratch = Scratch::new()?;
     let containerd = Containerd::start(&scratch)?;
     let namespace = scratch.name.as_str();
-    let end = (|| {
-        containerd.import(namespace)?;
-        let more = ["run", "--detach", "--snapshotter", "native", "--label", "app=shop", IMAGE, "web"];
-        containerd.ctr(namespace, &more)?;
-        let rootfs = scratch.path("rootfs");
-        containerd.ctr(namespace, &["run", "--detach", "--rootfs", &rootfs, "plain", "/bin/sleep", "10000"])?;
-        let cgroup = cgroup_of(&containerd.pid(namespace, "web")?)?;
-        let plain = cgroup_of(&containerd.pid(namespace, "plain")?)?;
-        println!("  ctr: {} (namespace {namespace})", cgroup.display());
-        ensure!(path::container(&cgroup).is_none(), "two names are no proof of a container");
+    containerd.import(namespace)?;
+    let more = ["run", "--detach", "--snapshotter", "native", "--label", "app=shop", IMAGE, "web"];
+    containerd.ctr(namespace, &more)?;
+    let rootfs = scratch.path("rootfs");
+    containerd.ctr(namespace, &["run", "--detach", "--rootfs", &rootfs, "plain", "/bin/sleep", "10000"])?;
+    let cgroup = cgroup_of(&containerd.pid(namespace, "web")?)?;
+    let plain = cgroup_of(&containerd.pid(namespace, "plain")?)?;
+    println!("  ctr: {} (namespace {namespace})", cgroup.display());
+    ensure!(path::container(&cgroup).is_none(), "two names are no proof of a container");
 
-        let config = RuntimeConfig { cri: vec![containerd.socket.clone()], docker: vec![], storage: vec![] };
-        let runtime = tokio::runtime::Runtime::new()?;
-        let mut runtimes = Runtimes::new(&config);
-        for _ in 0..3 {
-            let listing = listed(&runtime, &mut runtimes)?;
-            let web = listing.find(&cgroup).context("not found by its cgroup")?;
-            ensure!(
-                (web.runtime, web.name.as_str(), web.image.as_str()) == (Kind::Containerd, "web", IMAGE),
-                "{web:?}"
-            );
-            ensure!(web.labels.get("app").is_some_and(|v| v == "shop") && web.pod.is_none(), "{web:?}");
-            ensure!(listing.find(&plain).is_some_and(|c| c.name == "plain" && c.image.is_empty()), "{listing:?}");
-            ensure!(listing.containers.len() == 2, "{listing:?}");
-        }
-        Ok(())
-    })();
-    end
+    let config = RuntimeConfig { cri: vec![containerd.socket.clone()], docker: vec![], storage: vec![] };
+    let runtime = tokio::runtime::Runtime::new()?;
+    let mut runtimes = Runtimes::new(&config);
+    for _ in 0..3 {
+        let listing = listed(&runtime, &mut runtimes)?;
+        let web = listing.find(&cgroup).context("not found by its cgroup")?;
+        ensure!((web.runtime, web.name.as_str(), web.image.as_str()) == (Kind::Containerd, "web", IMAGE), "{web:?}");
+        ensure!(web.labels.get("app").is_some_and(|v| v == "shop") && web.pod.is_none(), "{web:?}");
+        ensure!(listing.find(&plain).is_some_and(|c| c.name == "plain" && c.image.is_empty()), "{listing:?}");
+        ensure!(listing.containers.len() == 2, "{listing:?}");
+    }
+    Ok(())
 }
 
 /// The parts of k8s.io/cri-api `runtime/v1/api.proto` that start a pod.
