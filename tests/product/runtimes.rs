@@ -2,6 +2,8 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use hyper::http::uri::PathAndQuery;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use segfw::config::RuntimeConfig;
 use segfw::host::cgroup::Hierarchy;
 use segfw::host::runtime::{Listing, Runtimes, path};
@@ -17,7 +19,7 @@ use tonic::transport::{Channel, Endpoint};
 pub(crate) fn tests() -> Vec<crate::Test> {
     vec![
         ("runtimes: podman without a service, and with one", podman),
-        ("runtimes: containers of ctr", ctr),
+        ("runtimes: containers of ctr, where CRI is off; containerd hangs, dies, comes back", ctr),
         ("runtimes: pods by CRI", cri),
     ]
 }
@@ -251,16 +253,18 @@ fn pod_uid() -> String {
 struct Containerd<'a> {
     scratch: &'a Scratch,
     socket: PathBuf,
-    _daemon: Daemon,
+    daemon: Daemon,
 }
 
 impl<'a> Containerd<'a> {
-    fn start(scratch: &'a Scratch) -> Result<Self> {
+    /// `cri`: with the plugin that Docker's package of containerd turns off.
+    fn start(scratch: &'a Scratch, cri: bool) -> Result<Self> {
         let config = scratch.dir.join("containerd.toml");
         let socket = scratch.dir.join("c.sock");
         let at = |name: &str| scratch.path(name);
         let (root, state, cni) = (at("c-root"), at("c-state"), at("cni"));
         fs::create_dir(&cni)?;
+        let disabled = if cri { "" } else { "\"io.containerd.grpc.v1.cri\"" };
         fs::write(
             &config,
             format!(
@@ -268,6 +272,7 @@ impl<'a> Containerd<'a> {
 root = "{root}"
 state = "{state}"
 imports = []
+disabled_plugins = [{disabled}]
 [grpc]
 address = "{socket}"
 [ttrpc]
@@ -290,12 +295,27 @@ conf_dir = "{cni}"
                 socket = socket.display(),
             ),
         )?;
-        let log = fs::File::create(at("containerd.log"))?;
-        let mut command = Command::new("containerd");
-        command.arg("-c").arg(&config).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        let containerd = Self { scratch, socket: socket.clone(), _daemon: Daemon(command.spawn()?) };
-        wait_for("containerd", || std::os::unix::net::UnixStream::connect(&socket).is_ok())?;
+        let daemon = Self::daemon(scratch)?;
+        let containerd = Self { scratch, socket, daemon };
+        containerd.wait()?;
         Ok(containerd)
+    }
+
+    fn daemon(scratch: &Scratch) -> Result<Daemon> {
+        let log = fs::File::create(scratch.path("containerd.log"))?;
+        let mut command = Command::new("containerd");
+        command.args(["-c", &scratch.path("containerd.toml")]);
+        Ok(Daemon(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?))
+    }
+
+    /// Until it answers.
+    fn wait(&self) -> Result<()> {
+        wait_for("containerd", || self.ctr("default", &["namespaces", "ls"]).is_ok())
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.daemon.0.id())?;
+        Ok(kill(Pid::from_raw(pid), signal)?)
     }
 
     fn ctr(&self, namespace: &str, args: &[&str]) -> Result<String> {
@@ -344,7 +364,7 @@ impl Drop for Containerd<'_> {
             let args: Vec<&[u8]> = line.split(|b| *b == 0).collect();
             let shim = args.first().is_some_and(|a| a.ends_with(b"containerd-shim-runc-v2"));
             if shim && args.contains(&socket.as_bytes()) {
-                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
         }
         // Of containers, of the pod, and what is above them if nobody else is in it.
@@ -356,7 +376,7 @@ impl Drop for Containerd<'_> {
 fn ctr() -> Result<()> {
     need(&["containerd", "ctr", "runc", "podman", "tar"])?;
     let scratch = Scratch::new()?;
-    let containerd = Containerd::start(&scratch)?;
+    let mut containerd = Containerd::start(&scratch, false)?;
     let namespace = scratch.name.as_str();
     containerd.import(namespace)?;
     let more = ["run", "--detach", "--snapshotter", "native", "--label", "app=shop", IMAGE, "web"];
@@ -379,6 +399,23 @@ fn ctr() -> Result<()> {
         ensure!(listing.find(&plain).is_some_and(|c| c.name == "plain" && c.image.is_empty()), "{listing:?}");
         ensure!(listing.containers.len() == 2, "{listing:?}");
     }
+    // One that hangs costs its deadline and no more, and works again when it goes on.
+    containerd.signal(Signal::SIGSTOP)?;
+    let begin = Instant::now();
+    let listing = runtime.block_on(runtimes.list());
+    containerd.signal(Signal::SIGCONT)?;
+    println!("  hung: {:?} after {:.1} s", listing.failed, begin.elapsed().as_secs_f32());
+    ensure!(listing.failed.len() == 1 && begin.elapsed() < Duration::from_secs(4), "{listing:?}");
+    ensure!(listed(&runtime, &mut runtimes)?.containers.len() == 2, "after it hung");
+    // So does one that was killed and started again; its containers live on.
+    containerd.signal(Signal::SIGKILL)?;
+    containerd.daemon.0.wait()?;
+    let listing = runtime.block_on(runtimes.list());
+    println!("  killed: {:?}", listing.failed);
+    ensure!(listing.failed.len() == 1, "{listing:?}");
+    containerd.daemon = Containerd::daemon(&scratch)?;
+    containerd.wait()?;
+    ensure!(listed(&runtime, &mut runtimes)?.find(&cgroup).is_some(), "after its restart");
     Ok(())
 }
 
@@ -486,7 +523,7 @@ where
 fn cri() -> Result<()> {
     need(&["containerd", "ctr", "runc", "podman", "tar"])?;
     let scratch = Scratch::new()?;
-    let containerd = Containerd::start(&scratch)?;
+    let containerd = Containerd::start(&scratch, true)?;
     let uid = pod_uid();
     let parent = format!("/kubepods/burstable/pod{uid}");
     let runtime = tokio::runtime::Runtime::new()?;
