@@ -6,6 +6,7 @@
 
 mod absence;
 mod lifecycle;
+mod runtimes;
 mod tamper;
 
 use anyhow::{Result, bail};
@@ -26,7 +27,7 @@ fn main() -> Result<ExitCode> {
             _ => bail!("unknown option {arg}"),
         }
     }
-    let sections: [Vec<Test>; 3] = [absence::tests(), lifecycle::tests(), tamper::tests()];
+    let sections: [Vec<Test>; 4] = [absence::tests(), lifecycle::tests(), runtimes::tests(), tamper::tests()];
     let chosen = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
     let tests: Vec<Test> = sections.into_iter().flatten().filter(|(name, _)| chosen(name)).collect();
     if !nix::unistd::geteuid().is_root() {
@@ -47,9 +48,9 @@ fn main() -> Result<ExitCode> {
                 passed += 1;
                 println!("ok   {name} ({took:.1} s)");
             }
-            Err(error) if error.to_string().starts_with("skip:") => {
+            Err(error) if error.to_string().starts_with("skip") => {
                 skipped += 1;
-                println!("skip {name}: {}", error.to_string().trim_start_matches("skip:").trim());
+                println!("skip {name}: {}", error.to_string().split_once(':').map_or("", |(_, why)| why.trim()));
             }
             Err(error) => {
                 failed += 1;

@@ -332,7 +332,7 @@ pub fn facts(path: &Path, root: &Path) -> CgroupFacts {
         name: unit.name.to_owned(),
         user: unit.uid.map(|uid| UserFacts { uid, name: user_name(uid) }),
     });
-    CgroupFacts { path: path.to_string_lossy().into_owned(), unit }
+    CgroupFacts { path: path.to_string_lossy().into_owned(), unit, ..CgroupFacts::default() }
 }
 
 /// Number of a user: written so, or from the user database.

@@ -103,7 +103,7 @@ impl Loaded {
         // Without an ending it is no unit, and a glob such as "*" would take any word for one.
         let path = unit_cgroup(name);
         let _ = cgroup::unit(Path::new(&path))?;
-        labels(&CgroupFacts { path, unit: Some(UnitFacts::system(name)) })
+        labels(&CgroupFacts { path, unit: Some(UnitFacts::system(name)), ..CgroupFacts::default() })
     }
 
     /// What a name could have been meant for.
