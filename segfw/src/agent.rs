@@ -22,6 +22,7 @@ use crate::datapath::{Datapath, attach, sys};
 use crate::flow::record::{CgroupWords, Names};
 use crate::flow::{History, Intake, Item, enrich, history};
 use crate::host::cgroup::{Change, Hierarchy, Watcher};
+use crate::host::runtime::{Listing, Runtimes};
 use crate::host::{netns, proc};
 use crate::policy::host_policy::Labels;
 use crate::policy::tables::{IdentityName, Numbers};
@@ -55,6 +56,8 @@ const SURVEY_SOON: Duration = Duration::from_millis(300);
 const GUARD: Duration = Duration::from_secs(2);
 /// See [`GUARD`].
 const GUARD_LATEST: Duration = Duration::from_secs(8);
+/// While a cgroup waits to be told by a runtime: how soon it is asked again, twice as long each time, up to [`SURVEY`].
+const RUNTIMES_AGAIN: Duration = Duration::from_millis(25);
 /// How often aggregated denials are fetched.
 const DENIALS: Duration = Duration::from_secs(1);
 /// An entry that nothing was added to for so long makes room; much sooner where half of all room is taken.
@@ -108,6 +111,8 @@ pub struct Core {
     /// All that ever were.
     repaired: u64,
     canary: Option<Canary>,
+    /// Containers and labels that a runtime told of and that were above a limit.
+    containers_left_out: u64,
     /// Boot time before which every answer that changes by itself was looked at.
     looked: u64,
 }
@@ -173,6 +178,18 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
     let mut denials = tokio::time::interval(DENIALS);
     denials.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut survey_at = tokio::time::Instant::now() + SURVEY;
+    let mut runtimes = Runtimes::new(&agent.core().config.runtimes);
+    let (ask, mut asked) = mpsc::channel::<u64>(1);
+    let (told, mut listings) = mpsc::channel(1);
+    let inventory = tokio::spawn(async move {
+        while let Some(batch) = asked.recv().await {
+            if told.send((batch, runtimes.list().await)).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut ask_at = tokio::time::Instant::now();
+    let mut ask_pause = RUNTIMES_AGAIN;
     let mut guard_at = tokio::time::Instant::now() + GUARD;
     tokio::pin!(shutdown);
     tokio::pin!(drain);
@@ -188,7 +205,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
             changes = watcher.next() => match changes {
                 Some(changes) => {
                     let agent = Arc::clone(&agent);
-                    on_thread(move || agent.core().tree(&changes)).await;
+                    if on_thread(move || agent.core().tree(&changes)).await == Some(true) {
+                        ask_at = tokio::time::Instant::now();
+                        ask_pause = RUNTIMES_AGAIN;
+                    }
                     survey_at = survey_at.min(tokio::time::Instant::now() + SURVEY_SOON);
                 }
                 None => break Err(anyhow::anyhow!("the watch of the cgroup tree ended")),
@@ -203,7 +223,30 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
                     let _ = on_thread(move || agent.core().reload()).await;
                 }
             }
-            _ = denials.tick() => agent.core().fetch_denials(),
+            _ = denials.tick() => {
+                let mut core = agent.core();
+                core.fetch_denials();
+                // A policy that asks for containers for the first time does not wait for the next look.
+                if core.registry.never_listed() {
+                    ask_at = tokio::time::Instant::now();
+                }
+            }
+            () = tokio::time::sleep_until(ask_at) => {
+                let (wanted, batch) = { let core = agent.core(); (core.registry.wants_containers(), core.registry.batch()) };
+                // One question at a time; while the answer is out the next one waits.
+                if wanted {
+                    let _ = ask.try_send(batch);
+                }
+                ask_at = tokio::time::Instant::now() + SURVEY;
+            }
+            Some((batch, listing)) = listings.recv() => {
+                let agent = Arc::clone(&agent);
+                let now = tokio::time::Instant::now();
+                if on_thread(move || agent.core().containers(batch, listing)).await == Some(true) {
+                    ask_at = ask_at.min(now + ask_pause);
+                    ask_pause = (ask_pause * 2).min(SURVEY);
+                }
+            }
             () = tokio::time::sleep_until(guard_at) => {
                 let agent = Arc::clone(&agent);
                 let begun = tokio::time::Instant::now();
@@ -222,6 +265,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
         }
     };
     drain.abort();
+    inventory.abort();
     let _ = stop.send(true);
     let _ = door.await;
     drop(answerer);

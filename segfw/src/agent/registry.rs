@@ -1,6 +1,7 @@
 //! Which cgroup is whose: the tree as it is, and what the policy's Workload documents say of it. Pure.
 
 use crate::host::cgroup::Change;
+use crate::host::runtime::{self, Listing};
 use crate::policy::document::{Matcher, WorkloadDoc};
 use crate::policy::host_policy::Labels;
 use crate::policy::tables::Numbers;
@@ -9,6 +10,7 @@ use segfw_common::state::PathKey;
 use segfw_common::{CgroupEntry, Identity, bounds};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// A cgroup that a Workload document names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +41,8 @@ pub enum Standing {
 #[derive(Clone, Debug)]
 struct Node {
     id: u64,
+    /// Batch of changes with which it came.
+    batch: u64,
     /// Kept, since globs are slow and batches are many.
     standing: Standing,
 }
@@ -59,6 +63,12 @@ pub struct Registry {
     /// Paths of workloads that ran here and may run again, and when each was last seen.
     remembered: BTreeMap<PathBuf, u64>,
     tick: u64,
+    /// What the container runtimes said last; shared, since a registry is copied to be tried.
+    containers: Arc<Listing>,
+    /// Batches of changes so far.
+    batch: u64,
+    /// The batch up to which `containers` is complete.
+    listed: u64,
 }
 
 impl Registry {
@@ -88,20 +98,55 @@ impl Registry {
     fn look_again(&mut self, which: impl Fn(&Path) -> bool) {
         let mut tree = std::mem::take(&mut self.tree);
         for (path, node) in tree.iter_mut().filter(|(path, _)| which(path)) {
-            node.standing = self.look(path);
+            node.standing = self.look(path, node.batch);
             self.remember(path, &node.standing);
         }
         self.tree = tree;
     }
 
+    /// Do the documents ask what a container is?
+    pub fn wants_containers(&self) -> bool {
+        let asks = |m: &Matcher| matches!(m, Matcher::Container { .. } | Matcher::Pod { .. });
+        self.docs.iter().flat_map(|d| &d.matches).any(|m| asks(&m.value))
+    }
+
+    /// Do the documents ask for containers, and no runtime was asked yet?
+    pub fn never_listed(&self) -> bool {
+        self.listed == 0 && self.wants_containers()
+    }
+
+    /// To be taken before the runtimes are asked, and given to [`Self::set_containers`] with the answer.
+    pub fn batch(&self) -> u64 {
+        self.batch
+    }
+
+    /// What the runtimes said when everything up to `batch` was in the tree. A runtime that did not answer keeps the
+    /// containers it told of before, as long as their cgroups are there. True if some cgroup is somebody else now.
+    pub fn set_containers(&mut self, batch: u64, listing: Listing) -> bool {
+        let mut all = listing.containers;
+        if !listing.failed.is_empty() {
+            let told: BTreeSet<String> = all.iter().map(|c| c.id.clone()).collect();
+            let live: BTreeSet<String> =
+                self.tree.keys().filter_map(|path| self.containers.find(path)).map(|c| c.id.clone()).collect();
+            let kept = self.containers.containers.iter().filter(|c| !told.contains(&c.id) && live.contains(&c.id));
+            all.extend(kept.cloned());
+        }
+        let before: Vec<Standing> = self.tree.values().map(|node| node.standing.clone()).collect();
+        self.containers = Arc::new(Listing::of(all));
+        self.listed = batch;
+        self.look_again(|_| true);
+        self.tree.values().map(|node| &node.standing).ne(before.iter())
+    }
+
     /// Takes note of what happened in the tree.
     pub fn apply(&mut self, changes: &[Change]) {
+        self.batch += 1;
         for change in changes {
             match change {
                 Change::Appeared { path, id } => {
-                    let standing = self.look(path);
+                    let standing = self.look(path, self.batch);
                     self.remember(path, &standing);
-                    let _ = self.tree.insert(path.clone(), Node { id: *id, standing });
+                    let _ = self.tree.insert(path.clone(), Node { id: *id, batch: self.batch, standing });
                 }
                 Change::Gone { path, .. } => {
                     let _ = self.tree.remove(path);
@@ -111,7 +156,8 @@ impl Registry {
     }
 
     fn remember(&mut self, path: &Path, standing: &Standing) {
-        if !matches!(standing, Standing::Workload(..)) {
+        // A container never comes again under its path.
+        if !matches!(standing, Standing::Workload(..)) || self.containers.find(path).is_some() {
             return;
         }
         self.tick += 1;
@@ -127,21 +173,58 @@ impl Registry {
     pub fn standing(&self, path: &Path) -> Standing {
         match self.tree.get(path) {
             Some(node) => node.standing.clone(),
-            None => self.look(path),
+            // Looked at when the runtimes were asked last: it is not there.
+            None => self.look(path, 0),
         }
     }
 
-    fn look(&self, path: &Path) -> Standing {
-        match labels_for(&self.docs, &facts(path, &self.root), &self.host_labels) {
+    fn look(&self, path: &Path, batch: u64) -> Standing {
+        match labels_for(&self.docs, &self.facts(path), &self.host_labels) {
             Some((name, labels)) => Standing::Workload(name, labels),
+            None if self.waits(path, batch) => Standing::Unresolved,
             None => Standing::None,
+        }
+    }
+
+    /// May this be a container, or a pod, of which no runtime has told yet?
+    fn waits(&self, path: &Path, batch: u64) -> bool {
+        if !self.wants_containers() {
+            return false;
+        }
+        let looks_like_one = match (runtime::path::container(path), runtime::path::pod(path)) {
+            // Of a tree whose owner can make any name: what is above it speaks for it.
+            (Some(container), _) if container.delegated => false,
+            (Some(_), _) => self.containers.find(path).is_none(),
+            (None, Some(uid)) => self.containers.pod(&uid).is_none(),
+            (None, None) => false,
+        };
+        // Where containers may have any name, each new cgroup waits for one answer of the runtimes.
+        looks_like_one || (batch > self.listed && self.container_folders().iter().any(|b| begins(path, b)))
+    }
+
+    /// Where runtimes make containers whose path alone does not say so: the folders of those that are known.
+    fn container_folders(&self) -> BTreeSet<String> {
+        let plain = |path: &&Path| runtime::path::container(path).is_none_or(|found| found.delegated);
+        let known = self.containers.containers.iter().filter_map(|c| Some(Path::new(c.cgroup.as_deref()?)));
+        let folders = known
+            .filter(plain)
+            .filter_map(Path::parent)
+            .filter(|parent| parent.components().count() > 1 && parent.extension().is_none_or(|end| end != "slice"));
+        folders.map(|p| format!("{}/", p.display())).chain(["/default/".to_owned()]).collect()
+    }
+
+    fn facts(&self, path: &Path) -> CgroupFacts {
+        CgroupFacts {
+            container: self.containers.find(path).cloned(),
+            pod: runtime::path::pod(path).and_then(|uid| self.containers.pod(&uid)).cloned(),
+            ..facts(path, &self.root)
         }
     }
 
     /// Documents that disagree about a cgroup of this tree.
     pub fn conflicts(&self) -> Vec<Problem> {
         let mut problems: Vec<Problem> =
-            self.tree.keys().flat_map(|path| conflicts(&self.docs, &facts(path, &self.root))).collect();
+            self.tree.keys().flat_map(|path| conflicts(&self.docs, &self.facts(path))).collect();
         problems.dedup();
         problems
     }
@@ -192,7 +275,7 @@ impl Registry {
         let mut by_path: BTreeMap<&Path, CgroupEntry> = BTreeMap::new();
         let mut entries = BTreeMap::new();
         // In the order of paths a parent comes before its children.
-        for (path, Node { id, standing }) in &self.tree {
+        for (path, Node { id, standing, .. }) in &self.tree {
             let (identity, workload) = match standing {
                 // The low half of a cgroup id is its inode number: unique among those that live.
                 Standing::Workload(_, labels) => (numbers.labels(labels).0, *id as u32),
@@ -292,14 +375,19 @@ impl Registry {
             Matcher::Container { .. } | Matcher::Pod { .. } => None,
         });
         // A pattern that begins with a wildcard would make every cgroup there unresolved, system services among them.
-        found.filter(|text| text.trim_matches('/').contains('/')).collect()
+        let found = found.filter(|text| text.trim_matches('/').contains('/'));
+        let containers: BTreeSet<String> = match self.wants_containers() {
+            true => runtime::path::prefixes().iter().map(|p| (*p).to_owned()).chain(self.container_folders()).collect(),
+            false => BTreeSet::new(),
+        };
+        found.chain(containers).collect()
     }
 
     /// Paths by id, and the workload each belongs to.
     pub fn words(&self) -> BTreeMap<u64, (String, Option<String>)> {
         let mut owners: BTreeMap<&Path, Option<String>> = BTreeMap::new();
         let mut words = BTreeMap::new();
-        for (path, Node { id, standing }) in &self.tree {
+        for (path, Node { id, standing, .. }) in &self.tree {
             let own = match standing {
                 Standing::Workload(name, _) => Some(name.clone()),
                 Standing::Unresolved | Standing::None => None,
@@ -320,6 +408,11 @@ impl Registry {
     pub fn is_empty(&self) -> bool {
         self.tree.is_empty()
     }
+}
+
+/// As text: the beginning may end within a name.
+fn begins(path: &Path, beginning: &str) -> bool {
+    path.as_os_str().as_encoded_bytes().starts_with(beginning.as_bytes())
 }
 
 /// What begins a pattern's variable part.

@@ -72,6 +72,7 @@ impl Core {
             repairs: VecDeque::new(),
             repaired: 0,
             canary: None,
+            containers_left_out: 0,
             looked: 0,
         };
         // What an earlier agent registered is what the kernel holds.
