@@ -5,6 +5,7 @@
 #![allow(clippy::print_stdout, reason = "the lines are the result")]
 
 mod absence;
+mod discovery;
 mod lifecycle;
 mod runtimes;
 mod tamper;
@@ -27,7 +28,8 @@ fn main() -> Result<ExitCode> {
             _ => bail!("unknown option {arg}"),
         }
     }
-    let sections: [Vec<Test>; 4] = [absence::tests(), lifecycle::tests(), runtimes::tests(), tamper::tests()];
+    let sections: [Vec<Test>; 5] =
+        [absence::tests(), discovery::tests(), lifecycle::tests(), runtimes::tests(), tamper::tests()];
     let chosen = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
     let tests: Vec<Test> = sections.into_iter().flatten().filter(|(name, _)| chosen(name)).collect();
     if !nix::unistd::geteuid().is_root() {

@@ -32,13 +32,13 @@ const PAUSE: &str = "segfw.test/pause:1";
 
 /// A folder with a small root file system. What was started with it must be gone before it is dropped; mounts that are
 /// left in it are detached.
-struct Scratch {
-    dir: PathBuf,
-    name: String,
+pub(crate) struct Scratch {
+    pub(crate) dir: PathBuf,
+    pub(crate) name: String,
 }
 
 impl Scratch {
-    fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("segfw-rt-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         // A socket's path has at most 107 bytes, so not below the target folder.
@@ -52,9 +52,10 @@ impl Scratch {
         let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|p| Path::new(p).exists());
         let Some(busybox) = busybox else { bail!("skipped: no busybox (Debian: busybox-static)") };
         fs::copy(busybox, bin.join("sleep"))?;
+        fs::copy(busybox, bin.join("busybox"))?;
         Ok(scratch)
     }
-    fn path(&self, name: &str) -> String {
+    pub(crate) fn path(&self, name: &str) -> String {
         self.dir.join(name).display().to_string()
     }
 }
@@ -86,7 +87,7 @@ fn run(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&out.stdout).trim().to_owned())
 }
 
-fn need(programs: &[&str]) -> Result<()> {
+pub(crate) fn need(programs: &[&str]) -> Result<()> {
     let path = std::env::var("PATH").unwrap_or_default();
     for program in programs {
         let there = path.split(':').any(|dir| Path::new(dir).join(program).is_file());
@@ -105,7 +106,7 @@ fn wait_for(what: &str, mut ready: impl FnMut() -> bool) -> Result<()> {
 }
 
 /// The cgroup2 path of a process, as the kernel says it.
-fn cgroup_of(pid: &str) -> Result<PathBuf> {
+pub(crate) fn cgroup_of(pid: &str) -> Result<PathBuf> {
     let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).with_context(|| format!("process {pid}"))?;
     text.lines().find_map(|l| l.strip_prefix("0::")).map(PathBuf::from).context("no cgroup2 path")
 }
@@ -147,7 +148,7 @@ fn listed(runtime: &tokio::runtime::Runtime, runtimes: &mut Runtimes) -> Result<
     Ok(listing)
 }
 
-struct Podman<'a>(&'a Scratch);
+pub(crate) struct Podman<'a>(pub(crate) &'a Scratch);
 
 impl Podman<'_> {
     fn command(&self) -> Command {
@@ -158,11 +159,11 @@ impl Podman<'_> {
         command.args(["--storage-driver", "vfs", "--events-backend", "none"]);
         command
     }
-    fn run(&self, args: &[&str]) -> Result<String> {
+    pub(crate) fn run(&self, args: &[&str]) -> Result<String> {
         run(self.command().args(args))
     }
     /// The image that everything is run from.
-    fn import(&self) -> Result<()> {
+    pub(crate) fn import(&self) -> Result<()> {
         run(Command::new("tar").args(["-C", &self.0.path("rootfs"), "-cf", &self.0.path("rootfs.tar"), "."]))?;
         let change = "CMD [\"/bin/sleep\", \"10000\"]";
         self.run(&["import", "--change", change, &self.0.path("rootfs.tar"), IMAGE]).map(drop)

@@ -59,6 +59,11 @@ impl Agent {
         self.extra = extra.to_vec();
     }
 
+    /// From the next start on for another part of the tree.
+    pub fn use_root(&mut self, root: PathBuf) {
+        self.cgroup_root = root;
+    }
+
     /// From the next start on in another cgroup: below the managed one, where its own hooks see it.
     pub fn use_cgroup(&mut self, cgroup: PathBuf) {
         self.own_cgroup = cgroup;
