@@ -180,6 +180,8 @@ fn churn() -> Result<()> {
             }
             late = late.max(start.elapsed());
         }
+        // A thousand in a minute, not in a second: each lives long enough to be seen, and some shorter.
+        std::thread::sleep(Duration::from_millis(n % 40));
         wait(|| Ok(std::fs::remove_dir(&path).is_ok()), "an empty cgroup can be removed")?;
     }
     let took = begun.elapsed();

@@ -72,8 +72,12 @@ pub fn worst(checks: &[Check]) -> Level {
 }
 
 fn kernel() -> Check {
+    kernel_is(proc::release())
+}
+
+fn kernel_is(release: io::Result<proc::Release>) -> Check {
     const NAME: &str = "kernel";
-    match proc::release() {
+    match release {
         Ok(release) if release.version >= OLDEST_KERNEL => Check::ok(NAME, release.text),
         Ok(release) => Check::bad(
             NAME,
@@ -340,6 +344,14 @@ mod tests {
         assert_eq!(names.len(), checks.len(), "names are for scripts");
         assert_eq!(worst(&[]), Level::Ok);
         assert!(worst(&checks) >= Level::Warn, "families are always a warning");
+    }
+
+    #[test]
+    fn a_kernel_that_is_too_old_is_said() {
+        let release = |text: &str, version| Ok(proc::Release { text: text.to_owned(), version });
+        let old = kernel_is(release("4.19.0-27-amd64", (4, 19)));
+        assert_eq!((old.level, old.what.as_str()), (Level::Fail, "4.19.0-27-amd64 is older than 5.10"));
+        assert_eq!(kernel_is(release("5.10.0", (5, 10))).level, Level::Ok);
     }
 
     #[test]
