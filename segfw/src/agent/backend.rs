@@ -18,12 +18,7 @@ use std::sync::atomic::Ordering;
 
 impl Backend for Agent {
     async fn status(&self) -> Result<StatusReport, Failure> {
-        let mut counters = self.count()?;
-        let core = self.core();
-        for (name, value) in core.counters_of_agent() {
-            let _ = counters.named.insert(name, value);
-        }
-        core.status(counters)
+        self.report()
     }
 
     async fn workloads(&self) -> Result<Vec<WorkloadReport>, Failure> {
@@ -48,6 +43,15 @@ impl Backend for Agent {
 }
 
 impl Agent {
+    pub(super) fn report(&self) -> Result<StatusReport, Failure> {
+        let mut counters = self.count()?;
+        let core = self.core();
+        for (name, value) in core.counters_of_agent() {
+            let _ = counters.named.insert(name, value);
+        }
+        core.status(counters)
+    }
+
     fn count(&self) -> Result<CounterReport, Failure> {
         let mut report = self.core().counters()?;
         if let Some(counts) = self.counts.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
@@ -66,11 +70,16 @@ fn system(error: impl std::fmt::Display) -> Failure {
 impl Core {
     fn counters_of_agent(&self) -> Vec<(String, u64)> {
         let (kept, overwritten) = self.history.counts();
-        vec![
+        let spool = self.history.spool().map(|s| s.counts().named()).into_iter().flatten();
+        let mut counters: Vec<_> = spool.map(|(name, value)| (name.to_owned(), value)).collect();
+        counters.extend([
             ("history-records".to_owned(), kept as u64),
             ("history-overwritten".to_owned(), overwritten),
+            ("history-readers".to_owned(), self.history.readers() as u64),
+            ("history-lagged".to_owned(), self.history.lagged()),
             ("rejects-unanswered".to_owned(), self.shared.unanswered.load(Ordering::Relaxed)),
-        ]
+        ]);
+        counters
     }
 
     fn counters(&self) -> Result<CounterReport, Failure> {
@@ -115,6 +124,13 @@ impl Core {
                 &format!("not attached: {}", missing.join(", ")),
                 "what these hooks judge passes unjudged",
                 "restart the agent; find out who removed the pins",
+            ));
+        }
+        if let Some(why) = self.history.spool().and_then(|spool| spool.counts().failing()) {
+            reasons.push(trouble(
+                &format!("flow records are not written to disk: {why}"),
+                "enforcement goes on; records are lost beyond those in memory, and counted",
+                "make room, or repair the file system; writing goes on by itself",
             ));
         }
         if let Some(refused) = &self.refused {
