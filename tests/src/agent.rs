@@ -31,7 +31,14 @@ impl Agent {
 
     /// Writes `policy`, starts the agent and waits until it enforces.
     pub fn start(world: &World, policy: &str, extra: &[String]) -> Result<Self> {
-        let mut agent = Self {
+        let mut agent = Self::prepare(world, policy, extra)?;
+        agent.launch()?;
+        Ok(agent)
+    }
+
+    /// Writes `policy`; nothing is started yet.
+    pub fn prepare(world: &World, policy: &str, extra: &[String]) -> Result<Self> {
+        let agent = Self {
             child: None,
             folder: world.folder().to_owned(),
             pins: world.pins().to_owned(),
@@ -43,7 +50,6 @@ impl Agent {
         fs::create_dir_all(agent.folder.join("policy"))?;
         fs::create_dir_all(agent.folder.join("state"))?;
         agent.write(policy)?;
-        agent.launch()?;
         Ok(agent)
     }
 
@@ -70,8 +76,8 @@ impl Agent {
         };
         let child = with_signals(&mut command)
             .arg("agent")
-            // Not the settings of the machine the test runs on.
-            .args(["--config", "/dev/null"])
+            // Not the settings of the machine the test runs on; a test may bring its own.
+            .args(if self.extra.iter().any(|arg| arg == "--config") { &[][..] } else { &["--config", "/dev/null"][..] })
             .arg("--socket")
             .arg(self.socket())
             .arg("--policy")

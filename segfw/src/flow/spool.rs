@@ -36,8 +36,8 @@ pub const FLUSH: Duration = Duration::from_secs(1);
 pub const BATCH_BYTES: usize = 256 << 10;
 /// A file is never meant to be smaller than this, nor all files together than four times as much.
 pub const LEAST_FILE_BYTES: u64 = 64 << 10;
-/// How long the end of the agent waits for a disk that does not answer.
-const CLOSE: Duration = Duration::from_secs(2);
+/// How long the beginning and the end of the agent wait for a disk that does not answer.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Where, and how much.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -193,9 +193,9 @@ impl Spool {
         let (counts, overflow) = (Arc::<Counts>::default(), Arc::<Mutex<Missing>>::default());
         let dir = place.dir.clone();
         let mut writer = Writer::new(place, host, Arc::clone(&counts), Arc::clone(&overflow));
-        // Before the first new record: who reads on must know where the last agent ended.
-        let newest = writer.begin();
+        let (begun, beginning) = sync_channel(1);
         let run = move || {
+            let _ = begun.send(writer.begin());
             let mut due: Option<Instant> = None;
             loop {
                 let wait = due.map_or(FLUSH, |due| due.saturating_duration_since(Instant::now()));
@@ -223,6 +223,9 @@ impl Spool {
             }
         };
         let _detached = std::thread::Builder::new().name("spool".into()).spawn(run)?;
+        // Before the first new record: who reads on must know where the last agent ended. A disk that does not answer
+        // holds up nothing that matters; then nothing is known of the last agent.
+        let newest = beginning.recv_timeout(PATIENCE).unwrap_or_default();
         Ok(Self { orders, counts, overflow, dir, newest })
     }
 
@@ -242,7 +245,7 @@ impl Spool {
     /// Writes what waits; gives up after two seconds. For the end of the agent. Blocks.
     pub fn flush(&self) {
         let (done, wait) = sync_channel(1);
-        let end = Instant::now() + CLOSE;
+        let end = Instant::now() + PATIENCE;
         let mut order = Order::Flush(done);
         while let Err(TrySendError::Full(back)) = self.orders.try_send(order) {
             if Instant::now() > end {

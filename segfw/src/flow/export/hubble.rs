@@ -47,8 +47,8 @@ fn flow(record: &Record) -> Value {
     let mut flow = Map::new();
     let mut put = |key: &str, value: Value| drop(flow.insert(key.to_owned(), value));
     put("time", json!(record.time));
-    if let (Some(cpu), Some(sequence)) = (record.cpu, record.sequence) {
-        put("uuid", json!(format!("{}-{cpu}-{sequence}", *record.host)));
+    if let Some(uid) = super::uid(record) {
+        put("uuid", json!(uid));
     }
     put("emitter", json!({"name": "segfw", "version": env!("CARGO_PKG_VERSION")}));
     put("verdict", json!(verdict(record.verdict)));
@@ -136,9 +136,9 @@ fn endpoint(record: &Record, end: &End, local: bool) -> Value {
     endpoint
 }
 
-/// Which rule said so, for which direction. One in monitor mode is not among them: it decided nothing.
+/// Which rule said so, for which direction.
 fn policy(record: &Record) -> Option<(&'static str, Value)> {
-    let (policy, rule) = (record.policy.as_ref()?, record.rule.as_ref()?);
+    let (Some(policy), Some(rule)) = super::decider(record) else { return None };
     let key = match (record.direction, record.verdict) {
         (Coded::Known(Direction::Ingress), Coded::Known(Verdict::Allowed)) => "ingress_allowed_by",
         (Coded::Known(Direction::Egress), Coded::Known(Verdict::Allowed)) => "egress_allowed_by",

@@ -70,7 +70,7 @@ fn metadata(uid: Option<String>) -> Value {
 fn activity(record: &Record) -> Value {
     let (activity, action_disposition, severity) = (activity_of(record), control(record), severity(record));
     let (action, disposition) = action_disposition;
-    let uid = record.cpu.zip(record.sequence).map(|(cpu, sequence)| format!("{}-{cpu}-{sequence}", *record.host));
+    let uid = super::uid(record);
     let mut event = json!({
         "activity_id": activity.0,
         "activity_name": activity.1,
@@ -123,10 +123,11 @@ fn activity(record: &Record) -> Value {
         put("start_time", json!(start));
         put("end_time", json!(record.time.as_millisecond()));
     }
-    if let Some(rule) = &record.rule {
-        put("firewall_rule", json!({"name": rule, "uid": uid_of(record.policy.as_deref(), rule)}));
+    let (policy, rule) = super::decider(record);
+    if let Some(rule) = rule {
+        put("firewall_rule", json!({"name": rule, "uid": uid_of(policy.map(|p| &**p), rule)}));
     }
-    if let Some(policy) = &record.policy {
+    if let Some(policy) = policy {
         // What is only watched is not applied.
         let applied = record.verdict != Verdict::Audit.into();
         let mut value = json!({"name": policy, "uid": policy, "is_applied": applied});
