@@ -15,6 +15,7 @@ pub(crate) fn tests() -> Vec<Test> {
         ("spool: overdriven, records and losses are the kernel's counters", overdriven),
         ("spool: a full disk stops nothing, is told, and heals", full_disk),
         ("spool: every output format of one flood", formats),
+        ("spool: a query over 64 MiB of records holds little of it", large),
     ]
 }
 
@@ -237,5 +238,55 @@ fn formats() -> Result<()> {
         records += text.lines().count();
     }
     println!("        {records} lines of {} bytes on average", bytes / records.max(1));
+    Ok(())
+}
+
+/// Bytes of made-up records, and what the agent may need more than before to read them all.
+const LARGE: usize = 64 << 20;
+const LARGE_COSTS_KIB: u64 = 24 << 10;
+
+/// A number of `/proc/PID/status`, KiB.
+fn memory(pid: u64, key: &str) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = text.lines().find(|l| l.starts_with(key)).context("no such line")?;
+    Ok(line.split_whitespace().nth(1).context("no number")?.parse()?)
+}
+
+fn large() -> Result<()> {
+    let mut scene = Scene::new(SETTINGS, &[])?;
+    scene.connect(SHUT, 1)?;
+    let _ = balance(&scene, 10)?;
+    scene.agent.stop()?;
+    let template = lines(&scene.flows_dir())?.pop().context("no record")?;
+    let mut made: u64 = 0;
+    for file in 0..4 {
+        let mut text = String::new();
+        let path = scene.flows_dir().join(format!("flows-{:020}-20200101T000000Z.jsonl", 1000 + made));
+        while text.len() < LARGE / 4 {
+            let mut record = template.clone();
+            record["time"] = format!("2020-01-01T{file:02}:00:00.{made:09}Z").into();
+            record["source"]["port"] = (made % 60_000).into();
+            text += &format!("{record}\n");
+            made += 1;
+        }
+        std::fs::write(path, text)?;
+    }
+    scene.agent.launch()?;
+    let pid = scene.agent.status()?["agent"]["pid"].as_u64().context("no pid")?;
+    // The peak from here on.
+    std::fs::write(format!("/proc/{pid}/clear_refs"), "5")?;
+    let before = memory(pid, "VmRSS")?;
+    let start = Instant::now();
+    let output = scene.agent.cli(&["flows", "--until", "2020-01-02T00:00:00Z", "-o", "compact"])?;
+    let took = start.elapsed();
+    let shown = output.stdout.iter().filter(|b| **b == b'\n').count() as u64;
+    ensure!(shown == made, "{shown} of {made} records");
+    let costs = memory(pid, "VmHWM")?.saturating_sub(before);
+    println!("        {made} records in {:.1} s; the agent's peak was {costs} KiB above", took.as_secs_f64());
+    ensure!(costs < LARGE_COSTS_KIB, "the agent held {costs} KiB");
+    let start = Instant::now();
+    let last = scene.flows(&["--until", "2020-01-02T00:00:00Z", "--last", "3", "--from-port", "7"])?;
+    ensure!(last.len() == 3 && last.iter().all(|r| r["source"]["port"] == 7), "{last:?}");
+    println!("        the last 3 with a rare port in {:.1} s", start.elapsed().as_secs_f64());
     Ok(())
 }

@@ -26,10 +26,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use write::Writer;
 
-/// Items that wait for the writer: a second of a flood that the ring buffer still holds. More: lost and counted. Less
-/// than [`super::history::RECORDS`], so that what is not written yet is always in memory.
-pub const WAITING: usize = 1 << 14;
-const _: () = assert!(WAITING < super::history::RECORDS);
+/// Items that wait for the writer: most of what a full ring buffer can pour out at once. More: lost and counted. So many
+/// cost little, since memory has them anyway: less than [`super::history::RECORDS`] by more than a batch holds, so that
+/// what is not written yet is always in memory too.
+pub const WAITING: usize = super::history::RECORDS - (1 << 12);
 /// What has waited so long is written. No fsync: a crash of the machine may cost what the kernel had not written back.
 pub const FLUSH: Duration = Duration::from_secs(1);
 /// Bytes that are written together at most, but for one longer line.

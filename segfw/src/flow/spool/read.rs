@@ -6,7 +6,7 @@ use crate::flow::record::{Item, Record};
 use std::collections::HashSet;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -76,7 +76,7 @@ impl Older {
 
     /// The files that can hold something, in the order of writing.
     fn paths(&self) -> std::io::Result<Vec<PathBuf>> {
-        let since = self.query.since.and_then(|at| SystemTime::try_from(at).ok()?.checked_sub(SLACK));
+        let since = self.query.since.and_then(|at| SystemTime::from(at).checked_sub(SLACK));
         let may = |file: &files::Named| match (since, file.modified) {
             (Some(since), Some(modified)) => modified >= since,
             _ => true,
@@ -90,7 +90,7 @@ impl Older {
 
     /// What matches in one file. Returns how many lines were unreadable, and whether memory begins here, or `each` has
     /// had enough.
-    fn file(&self, path: &PathBuf, each: &mut dyn FnMut(Item) -> bool) -> std::io::Result<(usize, bool)> {
+    fn file(&self, path: &Path, each: &mut dyn FnMut(Item) -> bool) -> std::io::Result<(usize, bool)> {
         let (mut wrong, mut over) = (0, false);
         let read = files::lines(path, |line| {
             let Some(item) = parse(line) else {

@@ -182,7 +182,7 @@ fn what_the_queue_has_no_room_for_is_counted() {
     let spool = spool(dir.path());
     let one = Arc::new(item(1));
     // More than the writer can take away meanwhile.
-    let pushed = 4 * WAITING as u64;
+    let pushed = 2 * WAITING as u64;
     for _ in 0..pushed {
         spool.push(&one);
     }
