@@ -116,11 +116,13 @@ fn survive() -> Result<()> {
     let times: Vec<_> = found.iter().filter_map(|r| r["time"].as_str()).collect();
     ensure!(times.first() <= times.last(), "not oldest first");
     // The newest 30 reach back beyond this agent: 15 were refused since the other one died.
-    let started = scene.agent.status()?["agent"]["started_at"].to_string();
+    let status = scene.agent.status()?;
+    let started = status["agent"]["started_at"].as_str().context("no start")?;
     let last = scene.flows(&["--last", "30", "--verdict", "DROPPED", "--kind", "new"])?;
     let records: Vec<_> = last.iter().filter(|r| r.get("lost").is_none()).collect();
     ensure!(records.len() == 30, "{} of the last 30", records.len());
-    ensure!(records[0]["time"].to_string() < started, "nothing of the agent before this one");
+    let oldest = records[0]["time"].as_str().context("no time")?;
+    ensure!(oldest < started, "nothing of the agent before this one");
     let first = scene.flows(&["--first", "3"])?;
     let all = lines(&scene.flows_dir())?;
     ensure!(first[..] == all[..3], "the first three are not those of the oldest file");
@@ -265,7 +267,7 @@ fn large() -> Result<()> {
         while text.len() < LARGE / 4 {
             let mut record = template.clone();
             record["time"] = format!("2020-01-01T{file:02}:00:00.{made:09}Z").into();
-            record["source"]["port"] = (made % 60_000).into();
+            record["source"]["port"] = (made % 10_000).into();
             text += &format!("{record}\n");
             made += 1;
         }
