@@ -9,6 +9,7 @@ mod folder;
 mod guard;
 mod kernel;
 pub mod live;
+mod metrics;
 pub mod registry;
 mod revise;
 pub mod revision;
@@ -153,7 +154,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
     let mut watcher = Watcher::start(hierarchy.clone())?;
 
     let shared = Arc::new(Shared::default());
-    let history = Arc::new(History::new(config.host.as_str().into(), history::RECORDS));
+    let history = Arc::new(History::spooled(config.host.as_str().into(), history::RECORDS, export::spool(&config)?));
+    let pages = config.metrics;
     let core = Core::new(config, Arc::new(datapath), hierarchy, Arc::clone(&shared), Arc::clone(&history))?;
     let agent = Arc::new(Agent { core: Mutex::new(core), history: Arc::clone(&history), counts: Mutex::default() });
     *agent.counts.lock().unwrap_or_else(PoisonError::into_inner) = Some(listener.counts());
@@ -163,7 +165,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
         let shared = Arc::clone(&shared);
         std::thread::Builder::new().name("answers".into()).spawn(move || export::answer(waiting, &shared))?
     };
-    let drain = tokio::spawn(export::drain(ring, Intake::new(Arc::clone(&history)), Arc::clone(&shared), answers));
+    let intake = Intake::resume(Arc::clone(&history), revise::wall_minus_boot());
+    let drain = tokio::spawn(export::drain(ring, intake, Arc::clone(&shared), answers));
+    let pages = pages.map(|at| tokio::spawn(metrics::serve(at, Arc::clone(&agent), Arc::clone(&shared))));
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let door = {
         let mut stopped = stopped.clone();
@@ -218,6 +222,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
                 let _ = on_thread(move || agent.core().reload()).await;
             }
             _ = look.tick() => {
+                shared.beat();
                 if folder.changed() {
                     let agent = Arc::clone(&agent);
                     let _ = on_thread(move || agent.core().reload()).await;
@@ -268,6 +273,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
     inventory.abort();
     let _ = stop.send(true);
     let _ = door.await;
+    if let Some(pages) = pages {
+        pages.abort();
+    }
+    let _ = on_thread(move || history.spool().map(|spool| spool.flush())).await;
     drop(answerer);
     ended
 }

@@ -377,6 +377,9 @@ async fn workloads(socket: &Path, output: Output) -> Result<Exit, CliError> {
     Ok(Exit::Yes)
 }
 
+/// Records that `segfw flows` holds at a time: some 10 MB. A longer table is aligned over so many lines.
+const SHOWN_TOGETHER: usize = 1 << 13;
+
 async fn flows(socket: &Path, args: FlowArgs) -> Result<Exit, CliError> {
     let FlowArgs { query, output } = args;
     let query = query.settle(Timestamp::now()).map_err(CliError::usage)?;
@@ -395,8 +398,8 @@ async fn flows(socket: &Path, args: FlowArgs) -> Result<Exit, CliError> {
             Ok(None) => Some(Ok(Exit::Yes)),
             Err(error) => Some(Err(error.into())),
         };
-        // A stream is shown as it comes; else all at once, so that a table is aligned.
-        if done.is_some() || (follow && !answer.has_more()) {
+        // A stream is shown as it comes; else all at once, so that a table is aligned, as far as memory should go.
+        if done.is_some() || batch.len() >= SHOWN_TOGETHER || (follow && !answer.has_more()) {
             if !batch.is_empty() || !shown {
                 print::out(&renderer.items(&batch))?;
                 shown = true;

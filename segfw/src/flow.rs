@@ -1,11 +1,13 @@
-//! Facts come up: the kernel's events become records with words, are kept for a while, filtered and shown. Pure: no
-//! file, no socket, no kernel; a number it has no name for stays visible as a number.
+//! Facts come up: the kernel's events become records with words, are kept for a while, filtered and shown. Pure but for
+//! `spool`: no file, no socket, no kernel; a number it has no name for stays visible as a number.
 //!
 //! `decode` (bytes → event) → `sequence` (what is missing) → `record` (event → [`Record`]) → `history` (kept, followed)
-//! → `query` (which of them) → `render` (as text). `intake` does the first four for the agent's main loop.
+//! and `spool` (on disk) → `query` (which of them) → `render` and `export` (as text). `intake` does the first four for the
+//! agent's main loop.
 
 pub mod coded;
 pub mod decode;
+pub mod export;
 pub mod fuzz;
 pub mod history;
 pub mod intake;
@@ -13,6 +15,7 @@ pub mod query;
 pub mod record;
 pub mod render;
 pub mod sequence;
+pub mod spool;
 
 pub use coded::{Coded, Shared, Text};
 pub use decode::decode;

@@ -1,7 +1,7 @@
 //! Something that segfw needs is not there: each case has a declared behaviour, a message, and shows in the status.
 
 use crate::Test;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use segfw_tests::scene::{OPEN, SHUT, Scene};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
@@ -227,7 +227,7 @@ fn no_capability() -> Result<()> {
 fn memory_short() -> Result<()> {
     let group = PathBuf::from("/sys/fs/cgroup/memory");
     if !group.join("memory.limit_in_bytes").exists() {
-        bail!("skip: this machine has no cgroup v1 memory controller, and its v2 tree has none to hand out");
+        return crate::skip("this machine has no cgroup v1 memory controller, and its v2 tree has none to hand out");
     }
     let mut scene = Scene::enforced()?;
     let group = group.join(format!("segfw-test-{}", scene.world.id()));

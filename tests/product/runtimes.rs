@@ -1,6 +1,6 @@
 //! Real container runtimes: what they say, and which cgroups they really use.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use hyper::http::uri::PathAndQuery;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -50,7 +50,9 @@ impl Scratch {
             fs::create_dir(scratch.dir.join("rootfs").join(dir))?;
         }
         let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|p| Path::new(p).exists());
-        let Some(busybox) = busybox else { bail!("skipped: no busybox (Debian: busybox-static)") };
+        let Some(busybox) = busybox else {
+            return Err(crate::skipped("no busybox (Debian: busybox-static)"));
+        };
         fs::copy(busybox, bin.join("sleep"))?;
         fs::copy(busybox, bin.join("busybox"))?;
         Ok(scratch)
@@ -91,7 +93,9 @@ pub(crate) fn need(programs: &[&str]) -> Result<()> {
     let path = std::env::var("PATH").unwrap_or_default();
     for program in programs {
         let there = path.split(':').any(|dir| Path::new(dir).join(program).is_file());
-        ensure!(there, "skipped: no {program} on this machine");
+        if !there {
+            return Err(crate::skipped(format!("no {program} on this machine")));
+        }
     }
     Ok(())
 }

@@ -32,7 +32,14 @@ impl Agent {
 
     /// Writes `policy`, starts the agent and waits until it enforces.
     pub fn start(world: &World, policy: &str, extra: &[String]) -> Result<Self> {
-        let mut agent = Self {
+        let mut agent = Self::prepare(world, policy, extra)?;
+        agent.launch()?;
+        Ok(agent)
+    }
+
+    /// Writes `policy`; nothing is started yet.
+    pub fn prepare(world: &World, policy: &str, extra: &[String]) -> Result<Self> {
+        let agent = Self {
             child: None,
             folder: world.folder().to_owned(),
             pins: world.pins().to_owned(),
@@ -45,7 +52,6 @@ impl Agent {
         fs::create_dir_all(agent.folder.join("policy"))?;
         fs::create_dir_all(agent.folder.join("state"))?;
         agent.write(policy)?;
-        agent.launch()?;
         Ok(agent)
     }
 

@@ -19,12 +19,7 @@ use std::sync::atomic::Ordering;
 
 impl Backend for Agent {
     async fn status(&self) -> Result<StatusReport, Failure> {
-        let mut counters = self.count()?;
-        let core = self.core();
-        for (name, value) in core.counters_of_agent() {
-            let _ = counters.named.insert(name, value);
-        }
-        core.status(counters)
+        self.report()
     }
 
     async fn workloads(&self) -> Result<Vec<WorkloadReport>, Failure> {
@@ -49,6 +44,15 @@ impl Backend for Agent {
 }
 
 impl Agent {
+    pub(super) fn report(&self) -> Result<StatusReport, Failure> {
+        let mut counters = self.count()?;
+        let core = self.core();
+        for (name, value) in core.counters_of_agent() {
+            let _ = counters.named.insert(name, value);
+        }
+        core.status(counters)
+    }
+
     fn count(&self) -> Result<CounterReport, Failure> {
         let mut report = self.core().counters()?;
         if let Some(counts) = self.counts.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
@@ -67,13 +71,18 @@ fn system(error: impl std::fmt::Display) -> Failure {
 impl Core {
     fn counters_of_agent(&self) -> Vec<(String, u64)> {
         let (kept, overwritten) = self.history.counts();
-        vec![
+        let spool = self.history.spool().map(|s| s.counts().named()).into_iter().flatten();
+        let mut counters: Vec<_> = spool.map(|(name, value)| (name.to_owned(), value)).collect();
+        counters.extend([
             ("history-records".to_owned(), kept as u64),
             ("history-overwritten".to_owned(), overwritten),
             ("repairs".to_owned(), self.repaired),
             ("containers-left-out".to_owned(), self.containers_left_out),
+            ("history-readers".to_owned(), self.history.readers() as u64),
+            ("history-lagged".to_owned(), self.history.lagged()),
             ("rejects-unanswered".to_owned(), self.shared.unanswered.load(Ordering::Relaxed)),
-        ]
+        ]);
+        counters
     }
 
     fn counters(&self) -> Result<CounterReport, Failure> {
@@ -118,6 +127,13 @@ impl Core {
                 &format!("not attached: {}", missing.join(", ")),
                 "what these hooks judge passes unjudged",
                 "the agent puts them back within seconds; if not, see its log",
+            ));
+        }
+        if let Some(why) = self.history.spool().and_then(|spool| spool.counts().failing()) {
+            reasons.push(trouble(
+                &format!("flow records are not written to disk: {why}"),
+                "enforcement goes on; records are lost beyond those in memory, and counted",
+                "make room, or repair the file system; writing goes on by itself",
             ));
         }
         if let Some(refused) = &self.refused {

@@ -1,5 +1,7 @@
 //! Facts come up: events become records, and inbound flows that a rule rejects get their answer.
 
+use crate::config::{Config, SpoolConfig};
+use crate::flow::spool::{Place, Spool};
 use crate::flow::{Intake, Names};
 use crate::host::answer::Answerer;
 use crate::host::netns::{self, Survey};
@@ -26,12 +28,27 @@ pub struct Shared {
     pub lost: AtomicU64,
     /// Rejected flows that got no answer.
     pub unanswered: AtomicU64,
+    /// Boot nanoseconds at which the event loop last came round; 0 = not yet.
+    pub beat: AtomicU64,
+    /// Nanoseconds that the newest revision took from its files to being in force; 0 = none was put in force yet.
+    pub apply_ns: AtomicU64,
+}
+
+/// The files behind the history, if there are to be some.
+pub fn spool(config: &Config) -> std::io::Result<Option<Spool>> {
+    let Some(SpoolConfig { dir, max_bytes, file_bytes }) = config.spool.clone() else { return Ok(None) };
+    let dir = dir.unwrap_or_else(|| config.state_dir.join("flows"));
+    Spool::start(Place { dir, max_bytes, file_bytes }, config.host.as_str().into()).map(Some)
 }
 
 impl Shared {
     /// The names at this moment.
     pub fn names(&self) -> Arc<Names> {
         Arc::clone(&self.names.read().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+    /// The event loop came round.
+    pub fn beat(&self) {
+        self.beat.store(crate::host::proc::boot_ns().unwrap_or(0), Ordering::Relaxed);
     }
     /// Other names from now on.
     pub fn set_names(&self, names: Names) {

@@ -186,6 +186,7 @@ impl Core {
                 return Vec::new();
             }
         };
+        let begun = std::time::Instant::now();
         let mut numbers = self.saved.numbers.clone();
         let mut registry = self.registry.clone();
         match revision::build(files, &mut registry, &mut numbers, self.config.monitor, clock) {
@@ -196,7 +197,11 @@ impl Core {
             Ok(candidate) => {
                 let warnings = candidate.warnings.clone();
                 match self.put_in_force(candidate, registry, numbers) {
-                    Ok(()) => warnings,
+                    Ok(()) => {
+                        let took = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+                        self.shared.apply_ns.store(took, std::sync::atomic::Ordering::Relaxed);
+                        warnings
+                    }
                     Err(error) => {
                         self.refuse(refused(format!("the kernel did not take the revision: {error:#}")));
                         Vec::new()
@@ -313,7 +318,8 @@ pub(crate) fn needs_egress(tables: &Tables) -> bool {
     tables.locals.values().any(|l| l.grants != 0) || tables.rules.values().any(|e| e.until != 0)
 }
 
-fn wall_minus_boot() -> i128 {
+/// Nanoseconds.
+pub(super) fn wall_minus_boot() -> i128 {
     let boot = i128::from(proc::boot_ns().unwrap_or(0));
     Timestamp::now().as_nanosecond() - boot
 }

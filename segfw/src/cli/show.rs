@@ -176,6 +176,18 @@ pub(super) fn status(status: &StatusReport) -> String {
             counted(WARN, *lost_events, "records lost"),
         ),
     );
+    let spool = |name: &str| counters.named.get(&format!("spool-{name}")).copied();
+    if let (Some(records), Some(bytes), Some(lost), Some(dropped)) =
+        (spool("records"), spool("bytes"), spool("lost"), spool("dropped"))
+    {
+        let gone = if dropped == 0 { String::new() } else { format!(", {} older ones removed", number(dropped)) };
+        s.more(&format!(
+            "on disk: {} records, {} KiB{gone}; {}",
+            number(records),
+            number(bytes >> 10),
+            counted(WARN, lost, "not written")
+        ));
+    }
     let mut denied: Vec<_> = counters.verdicts.iter().filter(|c| c.verdict == Verdict::Denied.into()).collect();
     denied.sort_by_key(|c| std::cmp::Reverse(c.count));
     if !denied.is_empty() {

@@ -2,6 +2,7 @@
 
 use super::report::{CounterReport, Explanation, Question, ReloadReport, StatusReport, WorkloadReport};
 use super::{Envelope, Failure, FailureKind, PROTOCOL, Request, Response};
+use crate::flow::history::Past;
 use crate::flow::{History, Item, Query};
 use std::fs::{DirBuilder, File, Permissions};
 use std::future::Future;
@@ -27,6 +28,8 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// A client that does not read is cut off.
 pub const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Records that wait between the reader of the files and the client: some 200 KB.
+const OLDER_WAITING: usize = 256;
 /// Wait after a failed accept (out of file descriptors), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -360,19 +363,39 @@ async fn answer<B: Backend>(
     lines.send(&Response::End).await
 }
 
-async fn flows(query: &Query, read: &mut Reader<'_>, lines: &mut Lines<'_>, history: &History) -> Result<(), Gone> {
-    if !query.follow {
-        for item in history.recent(query) {
-            lines.send(&Response::Flow(Item::clone(&item))).await?;
-        }
-        return Ok(());
-    }
-    let (past, mut live) = history.follow(query);
+/// Sends what has happened already: what is beyond memory first, as it is read. Returns how many records that were.
+async fn past(past: Past, query: &Query, lines: &mut Lines<'_>) -> Result<usize, Gone> {
     let mut records = 0;
-    for item in past {
+    if let Some(older) = past.older {
+        let (to, mut from) = tokio::sync::mpsc::channel(OLDER_WAITING);
+        let reader = tokio::task::spawn_blocking(move || older.read(|item| to.blocking_send(item).is_ok()));
+        while let Some(item) = from.recv().await {
+            records += usize::from(matches!(item, Item::Flow(_)));
+            lines.send(&Response::Flow(item)).await?;
+        }
+        match reader.await {
+            Ok(Ok((_, 0))) => {}
+            Ok(Ok((_, unreadable))) => tracing::warn!(unreadable, "lines of the flow spool are no records"),
+            Ok(Err(error)) => tracing::error!("the flow spool cannot be read: {error}"),
+            Err(error) => tracing::error!("reading the flow spool failed: {error}"),
+        }
+    }
+    for item in past.recent {
+        if query.first.is_some_and(|first| records >= first) {
+            break;
+        }
         records += usize::from(matches!(*item, Item::Flow(_)));
         lines.send(&Response::Flow(Item::clone(&item))).await?;
     }
+    Ok(records)
+}
+
+async fn flows(query: &Query, read: &mut Reader<'_>, lines: &mut Lines<'_>, history: &History) -> Result<(), Gone> {
+    if !query.follow {
+        return past(history.past(query), query, lines).await.map(drop);
+    }
+    let (before, mut live) = history.follow(query);
+    let mut records = past(before, query, lines).await?;
     lines.flush().await?;
     let mut byte = [0; 1];
     // `--first N -f` ends after N records.

@@ -16,7 +16,10 @@ pub fn fuzz_event(data: &[u8]) -> usize {
         items.push(Item::Flow(Box::new(enrich(&event, &names))));
     }
     items.extend(sequences.settle(u64::MAX).iter().map(|gap| Item::Lost(loss(gap, &names))));
-    [Format::Compact, Format::Table, Format::Json].map(|f| Renderer::new(f).items(&items).len()).iter().sum()
+    [Format::Compact, Format::Table, Format::Json, Format::Jsonpb, Format::Ocsf]
+        .map(|f| Renderer::new(f).items(&items).len())
+        .iter()
+        .sum()
 }
 
 #[cfg(test)]

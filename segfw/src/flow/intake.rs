@@ -22,6 +22,18 @@ impl Intake {
         Self { sequences: Sequences::default(), history, unreadable: 0 }
     }
 
+    /// Feeds `history` and goes on where its files end: what is missing in between will be told. `wall_minus_boot` in
+    /// nanoseconds; what the files hold of an earlier boot is another count.
+    pub fn resume(history: Arc<History>, wall_minus_boot: i128) -> Self {
+        let mut sequences = Sequences::default();
+        for (cpu, newest) in history.spool().map(|s| s.newest()).into_iter().flatten() {
+            if let Ok(boot) = u64::try_from(newest.time.as_nanosecond() - wall_minus_boot) {
+                sequences.resume(*cpu, newest.sequence, boot);
+            }
+        }
+        Self { sequences, ..Self::new(history) }
+    }
+
     /// Takes one entry. Returns the event, since some ask for more than to be written down (`Reject`).
     pub fn take(&mut self, data: &[u8], names: &Names) -> Option<FlowEvent> {
         let Ok(event) = decode(data) else {

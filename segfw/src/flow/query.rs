@@ -7,7 +7,7 @@ use super::coded::{Coded, near};
 use super::record::{End, Item, Kind, Protocol, Record};
 use ipnet::IpNet;
 use jiff::{SignedDuration, Timestamp};
-use segfw_common::{Direction, Reason, Verdict};
+use segfw_common::{Direction, Evidence, Reason, Verdict};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -19,6 +19,8 @@ pub const FLAGS: &[(&str, &str, &str)] = &[
     ("kind", "KIND", "new, close, socket, revoked, reject or denials"),
     ("rule", "RULE", "The deciding rule: a name, policy/name, or a pattern with *"),
     ("policy", "POLICY", "The policy of the deciding rule; a pattern with * is understood"),
+    ("revision", "N[-N]", "The revision that was asked"),
+    ("pending", "VERDICT", "What monitor-mode policies would have said, where it differs"),
     ("direction", "DIRECTION", "ingress or egress, as this host sees it"),
     ("from-label", "LABELS", "Source labels: app=web,tier=api; also key, !key and key!=value"),
     ("to-label", "LABELS", "Destination labels"),
@@ -37,7 +39,12 @@ pub const FLAGS: &[(&str, &str, &str)] = &[
     ("port", "PORT[-PORT]", "Port of either end"),
     ("protocol", "PROTOCOL", "tcp, udp, icmp, icmpv6, sctp, ... or a number"),
     ("process", "NAME", "Name of the local process; a pattern with * is understood"),
+    ("pid", "PID", "Process id of the local process"),
+    ("from-workload", "NAME", "Source workload, where it is on this host: see --workload"),
+    ("to-workload", "NAME", "Destination workload, where it is on this host: see --workload"),
     ("workload", "NAME", "Local workload, or the path of its cgroup; a pattern with * is understood"),
+    ("cgroup", "PATH", "Cgroup of the local process; a pattern with * is understood"),
+    ("evidence", "EVIDENCE", "How the other end is known: origin, endpoint, address, prefix or none"),
 ];
 
 /// A filter that cannot be understood.
@@ -101,7 +108,12 @@ enum Test {
     Port(u16, u16),
     Protocol(Protocol),
     Process(String),
+    Pid(u32),
     Workload(String),
+    Cgroup(String),
+    Revision(u64, u64),
+    Pending(Coded<Verdict>),
+    Evidence(Coded<Evidence>),
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -122,14 +134,21 @@ impl Clause {
             _ => (Side::Either, flag),
         };
         let name = || if value.is_empty() { Err(error("the value is empty".to_owned())) } else { Ok(value.to_owned()) };
-        let has_sides = matches!(what, "label" | "identity" | "segment" | "ip" | "port");
+        let has_sides = matches!(what, "label" | "identity" | "segment" | "ip" | "port" | "workload");
         let test = match what {
             _ if side != Side::Either && !has_sides => return Err(no_such_flag(flag)),
-            "verdict" => Test::Verdict(match value.to_ascii_uppercase().as_str() {
-                "FORWARDED" => Verdict::Allowed.into(),
-                "DROPPED" => Verdict::Denied.into(),
-                _ => value.parse().map_err(|e| error(format!("{e}")))?,
-            }),
+            "verdict" => Test::Verdict(verdict(value).map_err(error)?),
+            "pending" => Test::Pending(verdict(value).map_err(error)?),
+            "evidence" => Test::Evidence(value.parse().map_err(|e| error(format!("{e}")))?),
+            "pid" => {
+                Test::Pid(value.trim().parse().map_err(|_| error(format!("{value:?} is not the number of a process")))?)
+            }
+            "revision" => {
+                let (first, last) = range(value)
+                    .ok_or_else(|| error(format!("{value:?} is neither a revision nor a range like 41-43")))?;
+                Test::Revision(first, last)
+            }
+            "cgroup" => Test::Cgroup(name()?),
             "reason" => Test::Reason(value.parse().map_err(|e| error(format!("{e}")))?),
             "kind" => Test::Kind(value.parse().map_err(|e| error(format!("{e}")))?),
             "rule" => Test::Rule(name()?),
@@ -143,7 +162,7 @@ impl Clause {
                     .ok_or_else(|| error(format!("{value:?} is neither an address nor a range like 10.0.0.0/8")))?,
             ),
             "port" => {
-                let (first, last) = ports(value)
+                let (first, last) = range(value)
                     .ok_or_else(|| error(format!("{value:?} is neither a port nor a range like 6000-6010")))?;
                 Test::Port(first, last)
             }
@@ -176,7 +195,20 @@ impl Clause {
                 None => like(pattern, &record.rule),
             },
             Test::Process(pattern) => record.process.as_ref().is_some_and(|p| glob(pattern, p)),
-            Test::Workload(pattern) => like(pattern, &record.workload) || like(pattern, &record.cgroup),
+            Test::Pid(pid) => record.pid == Some(*pid),
+            Test::Cgroup(pattern) => like(pattern, &record.cgroup),
+            Test::Revision(first, last) => record.revision.is_some_and(|r| (*first..=*last).contains(&r)),
+            Test::Pending(verdict) => record.pending.as_ref().is_some_and(|p| p.verdict == *verdict),
+            Test::Evidence(evidence) => ends(&|end| end.evidence == Some(*evidence)),
+            // Of the other end no more than its labels is known.
+            Test::Workload(pattern) => {
+                let local = match self.side {
+                    Side::From => record.direction == Direction::Egress.into(),
+                    Side::To => record.direction == Direction::Ingress.into(),
+                    Side::Either => true,
+                };
+                local && (like(pattern, &record.workload) || like(pattern, &record.cgroup))
+            }
             Test::Labels(tests) => ends(&|end| tests.iter().all(|t| t.holds(end))),
             Test::Identity(name) => ends(&|end| *name == end.identity.to_string() || *name == *end.name),
             Test::Segment(pattern) => ends(&|end| end.segments.iter().any(|s| glob(pattern, s))),
@@ -231,7 +263,17 @@ fn net(value: &str) -> Option<IpNet> {
     value.parse().ok().or_else(|| value.parse::<IpAddr>().ok().map(|ip| IpNet::from(ip.to_canonical())))
 }
 
-fn ports(value: &str) -> Option<(u16, u16)> {
+/// Hubble's words are understood.
+fn verdict(value: &str) -> Result<Coded<Verdict>, String> {
+    match value.to_ascii_uppercase().as_str() {
+        "FORWARDED" => Ok(Verdict::Allowed.into()),
+        "DROPPED" => Ok(Verdict::Denied.into()),
+        _ => value.parse().map_err(|e| format!("{e}")),
+    }
+}
+
+/// `5432` or `6000-6010`.
+fn range<N: std::str::FromStr + PartialOrd>(value: &str) -> Option<(N, N)> {
     let (first, last) = value.split_once('-').unwrap_or((value, value));
     let (first, last) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
     (first <= last).then_some((first, last))
@@ -364,6 +406,7 @@ mod tests {
     use super::*;
     use crate::flow::record::{enrich, loss, tests as fixed};
     use crate::flow::sequence::Gap;
+    use segfw_common::FlowEvent;
 
     /// Filters as on the command line; `!` in front of the flag negates.
     fn filter(words: &[(&str, &str)]) -> Result<Filter, FilterError> {
@@ -403,6 +446,12 @@ mod tests {
             ("port", "43210", "1-100"),
             ("protocol", "TCP", "17"),
             ("process", "post*", "curl"),
+            ("pid", "812", "813"),
+            ("revision", "41", "40"),
+            ("revision", "1-41", "42-50"),
+            ("to-workload", "postgres", "nginx"),
+            ("cgroup", "/system.slice/*", "postgres"),
+            ("evidence", "origin", "none"),
             ("workload", "postgres", "nginx"),
             ("workload", "/system.slice/*", "/user.slice/*"),
         ];
@@ -416,8 +465,14 @@ mod tests {
         }
         assert_eq!(
             FLAGS.iter().filter(|f| !rows.iter().any(|r| r.0 == f.0)).map(|f| f.0).collect::<Vec<_>>(),
-            ["to-identity", "from-segment"]
+            ["pending", "to-identity", "from-segment", "from-workload"]
         );
+        // The local end of this record is its destination.
+        assert!(!filter(&[("from-workload", "postgres")]).unwrap().matches(&record));
+        let shadow = FlowEvent { pending: 2, pending_rule: 2, ..fixed::event() };
+        let shadow = enrich(&shadow, &fixed::names());
+        assert!(filter(&[("pending", "DROPPED")]).unwrap().matches(&shadow));
+        assert!(!filter(&[("pending", "DENIED")]).unwrap().matches(&record));
         assert!(!filter(&[("verdict", "ALLOWED"), ("port", "1")]).unwrap().matches(&record));
     }
 
@@ -425,7 +480,9 @@ mod tests {
     fn every_flag_is_understood_and_survives_the_wire() {
         for (flag, ..) in FLAGS {
             let value = match flag.rsplit('-').next().unwrap() {
-                "verdict" => "AUDIT",
+                "verdict" | "pending" => "AUDIT",
+                "pid" | "revision" => "812",
+                "evidence" => "origin",
                 "reason" => "rule",
                 "kind" => "close",
                 "direction" => "egress",
@@ -485,7 +542,7 @@ mod tests {
     #[test]
     fn first_and_last_count_records_and_keep_order() {
         let names = fixed::names();
-        let lost = Arc::new(Item::Lost(loss(&Gap { cpu: 0, lost: 1, after: 0, before: 1 }, &names)));
+        let lost = Arc::new(Item::Lost(loss(&Gap { cpu: 0, lost: 1, after: 0, before: 1, agents: false }, &names)));
         let mut items: Vec<_> = (0..4)
             .map(|n| {
                 let mut event = fixed::event();

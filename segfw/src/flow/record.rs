@@ -45,6 +45,9 @@ pub struct Loss {
     pub lost: u64,
     /// Where they were lost.
     pub lost_in: LostIn,
+    /// Beside them: refusals that lost sums (`kind: denials`) stood for.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub denials: u64,
     /// The CPU whose events they were, for `ring-buffer`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu: Option<u32>,
@@ -64,6 +67,11 @@ pub enum LostIn {
     RingBuffer,
     /// This reader was too slow; the agent's history may still have them.
     Reader,
+    /// They were not written to disk: it was full, broken or too slow. Memory had them.
+    Spool,
+    /// Between the last record of one agent on disk and the first of the next: the ring buffer had no room while none
+    /// ran, or the agent was killed before it had written them.
+    Agent,
 }
 
 /// What kind of record.
@@ -221,6 +229,9 @@ pub struct Record {
 
 fn is_false(b: &bool) -> bool {
     !b
+}
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// One end of a flow.
@@ -555,8 +566,9 @@ pub fn enrich(event: &FlowEvent, names: &Names) -> Record {
             duration_ms: duration / 1_000_000,
         }),
         count: None,
-        cpu: Some(cpu),
-        sequence: Some(sequence),
+        // What the agent's sweep says has no number: it never was in the ring.
+        cpu: (hook != Hook::Sweep as u8).then_some(cpu),
+        sequence: (hook != Hook::Sweep as u8).then_some(sequence),
     }
 }
 
@@ -606,12 +618,13 @@ pub fn enrich_denials(key: &DenialKey, total: &DenialCount, generation: u32, nam
 
 /// A gap in words.
 pub fn loss(gap: &Gap, names: &Names) -> Loss {
-    let Gap { cpu, lost, after, before } = *gap;
+    let Gap { cpu, lost, after, before, agents } = *gap;
     Loss {
         time: names.wall(before),
         host: names.host.clone(),
         lost,
-        lost_in: LostIn::RingBuffer,
+        lost_in: if agents { LostIn::Agent } else { LostIn::RingBuffer },
+        denials: 0,
         cpu: Some(cpu),
         after: Some(names.wall(after)),
         before: Some(names.wall(before)),
@@ -795,7 +808,7 @@ pub(crate) mod tests {
             protocol: 47,
             ..event()
         };
-        let gap = Gap { cpu: 1, lost: 3, after: 5, before: u64::MAX };
+        let gap = Gap { cpu: 1, lost: 3, after: 5, before: u64::MAX, agents: false };
         let items = [
             Item::Flow(Box::new(enrich(&event(), &names))),
             Item::Flow(Box::new(enrich(&close, &names))),

@@ -2,6 +2,7 @@
 //! belong. Text that came from outside (process names, labels) is cleaned of control characters first.
 
 use super::coded::Coded;
+use super::export::{hubble, ocsf};
 use super::record::{End, Icmp, Item, Loss, LostIn, Pending, Record, Traffic};
 use anstyle::{AnsiColor, Style};
 use jiff::Timestamp;
@@ -31,6 +32,10 @@ pub enum Format {
     Table,
     /// One JSON object per line, for programs.
     Json,
+    /// Hubble's JSON, as its exporter writes it; one object per line.
+    Jsonpb,
+    /// OCSF network activity (class 4001); one object per line.
+    Ocsf,
 }
 
 /// Text from outside, safe to show in a terminal: control and bidirectional characters are escaped.
@@ -132,6 +137,8 @@ impl Renderer {
         match self.format {
             Format::Compact => items.iter().map(|i| compact(i)).collect(),
             Format::Json => items.iter().map(|i| json(i)).collect(),
+            Format::Jsonpb => items.iter().map(|i| format!("{}\n", hubble::line(i))).collect(),
+            Format::Ocsf => items.iter().map(|i| format!("{}\n", ocsf::event(i))).collect(),
             Format::Table => {
                 let rows: Vec<_> = items.iter().map(|i| row(i)).collect();
                 if self.begun {
@@ -214,8 +221,13 @@ fn lost(loss: &Loss) -> String {
     let what = match loss.lost_in {
         LostIn::RingBuffer => "lost in the kernel's ring buffer",
         LostIn::Reader => "lost by this reader, it was too slow",
+        LostIn::Spool => "not written to disk",
+        LostIn::Agent => "not written down before one agent ended and the next began",
     };
     let mut text = format!("{} RECORDS {what}", loss.lost);
+    if loss.denials != 0 {
+        let _ = write!(text, ", and sums of {} denials", loss.denials);
+    }
     if let (Some(after), Some(before)) = (loss.after, loss.before) {
         let _ = write!(text, ", between {} and {}", time(after), time(before));
     }
@@ -294,7 +306,7 @@ fn compact(item: &Item) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::flow::record::tests as fixed;
     use crate::flow::record::{enrich, loss};
@@ -305,7 +317,7 @@ mod tests {
     use segfw_common::{Addr, Direction, FlowEvent, Reason};
 
     /// One of each kind.
-    fn items() -> Vec<Item> {
+    pub(crate) fn items() -> Vec<Item> {
         let names = fixed::names();
         let event = fixed::event();
         let close = FlowEvent {
@@ -349,7 +361,7 @@ mod tests {
             protocol: 255,
             ..event
         };
-        let gap = Gap { cpu: 1, lost: 17, after: event.time, before: event.time + 1_000_000 };
+        let gap = Gap { cpu: 1, lost: 17, after: event.time, before: event.time + 1_000_000, agents: false };
         let mut items: Vec<_> =
             [event, close, out, audit, ping, raw].iter().map(|e| Item::Flow(Box::new(enrich(e, &names)))).collect();
         items.push(Item::Flow(Box::new(fixed::denials())));

@@ -22,6 +22,8 @@ pub struct Gap {
     pub after: u64,
     /// Boot nanoseconds of the event behind the gap.
     pub before: u64,
+    /// Between the last event that another agent wrote down and the first that this one saw.
+    pub agents: bool,
 }
 
 #[derive(Debug)]
@@ -31,6 +33,7 @@ struct Open {
     to: u64,
     after: u64,
     before: u64,
+    agents: bool,
 }
 
 #[derive(Debug)]
@@ -38,6 +41,8 @@ struct Cpu {
     next: u64,
     newest: u64,
     open: Vec<Open>,
+    /// Nothing was seen yet; `next` is where another agent ended.
+    resumed: bool,
 }
 
 /// The state of all CPUs.
@@ -53,27 +58,37 @@ pub struct Sequences {
 }
 
 impl Sequences {
+    /// Another agent ended on this CPU with event `number` at boot time `time`: what lies between that and the first
+    /// event that comes is missing.
+    pub fn resume(&mut self, cpu: u32, number: u64, time: u64) {
+        let at = Cpu { next: number.saturating_add(1), newest: time, open: Vec::new(), resumed: true };
+        let _ = self.cpus.insert(cpu, at);
+    }
+
     /// Takes note of an event; returns the gaps that are certain by now (nearly always none).
     pub fn observe(&mut self, event: &FlowEvent) -> Vec<Gap> {
         let (number, time) = (event.sequence, event.time);
         let mut certain = Vec::new();
         let Some(cpu) = self.cpus.get_mut(&event.cpu) else {
             // The first event we see of this CPU: nothing can be said about those before it.
-            let _ = self.cpus.insert(event.cpu, Cpu { next: number.saturating_add(1), newest: time, open: Vec::new() });
+            let next = number.saturating_add(1);
+            let _ = self.cpus.insert(event.cpu, Cpu { next, newest: time, open: Vec::new(), resumed: false });
             return certain;
         };
+        let agents = std::mem::take(&mut cpu.resumed);
         if number == cpu.next {
             cpu.next = number.saturating_add(1);
         } else if number > cpu.next {
-            cpu.open.push(Open { from: cpu.next, to: number, after: cpu.newest, before: time });
+            cpu.open.push(Open { from: cpu.next, to: number, after: cpu.newest, before: time, agents });
             cpu.next = number.saturating_add(1);
             if cpu.open.len() > OPEN_GAPS {
                 let open = cpu.open.remove(0);
                 certain.push(gap(event.cpu, &open));
             }
         } else if let Some(i) = cpu.open.iter().position(|g| (g.from..g.to).contains(&number)) {
-            let Open { from, to, after, before } = cpu.open.remove(i);
-            let rest = [Open { from, to: number, after, before }, Open { from: number + 1, to, after, before }];
+            let Open { from, to, after, before, agents } = cpu.open.remove(i);
+            let part = |from, to| Open { from, to, after, before, agents };
+            let rest = [part(from, number), part(number + 1, to)];
             for (n, part) in rest.into_iter().filter(|g| g.from < g.to).enumerate() {
                 cpu.open.insert(i + n, part);
             }
@@ -112,7 +127,7 @@ fn settle(number: u32, cpu: &mut Cpu, now: u64, certain: &mut Vec<Gap>) {
 }
 
 fn gap(cpu: u32, open: &Open) -> Gap {
-    Gap { cpu, lost: open.to - open.from, after: open.after, before: open.before }
+    Gap { cpu, lost: open.to - open.from, after: open.after, before: open.before, agents: open.agents }
 }
 
 #[cfg(test)]
@@ -156,6 +171,21 @@ mod tests {
     fn a_restart_is_not_a_loss() {
         let s = check(&[(0, 900, 1), (0, 0, 2), (0, 1, 3)], &[]);
         assert_eq!((s.late, s.restarts), (0, 1));
+    }
+
+    #[test]
+    fn what_lies_between_two_agents_is_missing() {
+        let mut s = Sequences::default();
+        s.resume(0, 7, 10);
+        s.resume(1, 7, 10);
+        s.resume(2, 7, 10);
+        // One goes on without a gap, one with a gap, one began again: other maps.
+        for (cpu, number) in [(0, 8), (1, 11), (2, 0), (1, 13)] {
+            assert_eq!(s.observe(&event(cpu, number, 20)), []);
+        }
+        let got: Vec<_> = s.settle(u64::MAX).iter().map(|g| (g.cpu, g.lost, g.agents)).collect();
+        assert_eq!(got, [(1, 3, true), (1, 1, false)]);
+        assert_eq!((s.lost, s.restarts), (4, 1));
     }
 
     #[test]
