@@ -4,6 +4,7 @@
 //! The one exception is `load`, which reads a folder into memory for `document`.
 
 pub mod compile;
+pub mod difference;
 pub mod document;
 pub mod explain;
 pub mod host_policy;
@@ -16,6 +17,7 @@ pub mod ports;
 pub mod problem;
 pub mod resolve;
 pub mod schedule;
+pub mod schema;
 pub mod selector;
 pub mod tables;
 pub mod window;

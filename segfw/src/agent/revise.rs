@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// A revision that is younger than this when its author names himself is the one he means.
+const SEEN_FIRST: Duration = Duration::from_secs(5);
+
 impl Core {
     pub(super) fn new(
         config: Config,
@@ -50,6 +53,8 @@ impl Core {
             config,
             datapath,
             hierarchy,
+            archive: archive::Archive::new(store.dir()),
+            source: None,
             store,
             saved,
             cgroups: BTreeMap::new(),
@@ -211,6 +216,7 @@ impl Core {
         self.in_force = Some(InForce { revision, files, policy, tables });
         self.refused = None;
         self.save();
+        self.keep_revision();
         self.survey();
         Ok(())
     }
@@ -240,6 +246,49 @@ impl Core {
                 );
             }
         }
+    }
+
+    /// Keeps the files of the revision in force, so that they can be put back.
+    fn keep_revision(&mut self) {
+        let Some(f) = &self.in_force else { return };
+        let number = f.revision.number;
+        if self.archive.has(number) {
+            return;
+        }
+        let source = self.source.as_deref().unwrap_or(archive::FOLDER);
+        match self.archive.keep(number, f.revision.loaded_at, source, &f.files) {
+            Ok(()) => {
+                let _ = self.troubles.remove("history");
+            }
+            Err(e) => {
+                let what = format!("revision {number} cannot be kept in {}: {e}", self.config.state_dir.display());
+                tracing::error!("{what}");
+                let _ = self.troubles.insert(
+                    "history",
+                    trouble(
+                        &what,
+                        "enforcement goes on; there is no way back to this revision",
+                        "make room, or repair the file system",
+                    ),
+                );
+            }
+        }
+    }
+
+    /// As `reload`, for files that somebody has put there who says who they are from.
+    pub(super) fn take_from(&mut self, source: String) -> report::ReloadReport {
+        self.source = Some(source.clone());
+        let report = self.reload();
+        self.source = None;
+        // The watch of the folder may have been quicker than the caller.
+        if !report.changed
+            && let Some(revision) = &report.revision
+            && revision.loaded_at + SEEN_FIRST > Timestamp::now()
+            && let Err(e) = self.archive.attribute(revision.number, &source)
+        {
+            tracing::warn!("the history does not say who revision {} is from: {e}", revision.number);
+        }
+        report
     }
 
     pub(super) fn publish_names(&mut self) {

@@ -1,0 +1,256 @@
+//! The tree, the parser, the JSON Schema and the committed page say the same.
+
+use super::*;
+use crate::policy::Severity;
+use crate::policy::document::parse;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::path::Path;
+
+/// One document as an editor sees it: YAML's own types.
+fn editor(document: &str) -> Value {
+    crate::policy::yaml::settings(document).unwrap()
+}
+
+/// Whether the parser takes it; warnings are none of the schema's business.
+fn parses(document: &Value) -> bool {
+    // JSON is YAML.
+    let (_, problems) = parse(&[("t.yaml".to_owned(), document.to_string())]);
+    problems.iter().all(|p| p.severity != Severity::Error)
+}
+
+/// As much of JSON Schema as `json` uses; an unknown word fails, so that none is passed over.
+fn valid(schema: &Value, value: &Value) -> bool {
+    let object = schema.as_object().unwrap();
+    let all = |list: &Value, value: &Value| list.as_array().unwrap().iter().filter(|s| valid(s, value)).count();
+    object.iter().all(|(word, of)| match word.as_str() {
+        "$schema" | "$id" | "title" | "description" | "default" | "then" => true,
+        "type" => {
+            let is = |name: &Value| match name.as_str().unwrap() {
+                "object" => value.is_object(),
+                "array" => value.is_array(),
+                "string" => value.is_string(),
+                "number" => value.is_number(),
+                "integer" => value.is_u64(),
+                "boolean" => value.is_boolean(),
+                other => panic!("{other}"),
+            };
+            of.as_array().map_or_else(|| is(of), |names| names.iter().any(is))
+        }
+        "enum" => of.as_array().unwrap().contains(value),
+        "const" => of == value,
+        "not" => !valid(of, value),
+        "pattern" => value.as_str().is_none_or(|text| fits(of.as_str().unwrap(), text)),
+        "minimum" => value.as_u64().is_none_or(|n| n >= of.as_u64().unwrap()),
+        "maximum" => value.as_u64().is_none_or(|n| n <= of.as_u64().unwrap()),
+        "minItems" => value.as_array().is_none_or(|l| l.len() as u64 >= of.as_u64().unwrap()),
+        "items" => value.as_array().is_none_or(|l| l.iter().all(|v| valid(of, v))),
+        "minProperties" => value.as_object().is_none_or(|o| o.len() as u64 >= of.as_u64().unwrap()),
+        "maxProperties" => value.as_object().is_none_or(|o| o.len() as u64 <= of.as_u64().unwrap()),
+        "required" => {
+            value.as_object().is_none_or(|o| of.as_array().unwrap().iter().all(|k| o.contains_key(k.as_str().unwrap())))
+        }
+        "properties" => value.as_object().is_none_or(|o| o.iter().all(|(k, v)| of.get(k).is_none_or(|s| valid(s, v)))),
+        "additionalProperties" => value.as_object().is_none_or(|o| {
+            let known = object.get("properties");
+            o.iter().filter(|(k, _)| known.is_none_or(|p| p.get(k.as_str()).is_none())).all(|(_, v)| match of {
+                Value::Bool(allowed) => *allowed,
+                schema => valid(schema, v),
+            })
+        }),
+        "allOf" => all(of, value) == of.as_array().unwrap().len(),
+        "anyOf" => all(of, value) > 0,
+        "oneOf" => all(of, value) == 1,
+        "if" => !valid(of, value) || valid(&object["then"], value),
+        other => panic!("the validator of this test does not know {other}"),
+    })
+}
+
+fn fits(pattern: &str, text: &str) -> bool {
+    regex_automata::meta::Regex::new(pattern).unwrap().is_match(text)
+}
+
+/// Every document of a text. `---` stands at the start of a line.
+fn documents(text: &str) -> Vec<Value> {
+    let texts = text.split("\n---").filter(|t| t.lines().any(|l| !l.trim().is_empty() && !l.trim().starts_with('#')));
+    texts.map(|t| editor(t.trim_start_matches("---"))).collect()
+}
+
+fn examples() -> impl Iterator<Item = (&'static Kind, Value)> {
+    KINDS.iter().flat_map(|kind| kind.examples.iter().map(move |e| (kind, editor(e))))
+}
+
+/// Something inside a document: the way to it.
+type Way = Vec<String>;
+
+fn at<'v>(document: &'v mut Value, way: &[String]) -> &'v mut Value {
+    way.iter().fold(document, |value, step| match value {
+        Value::Object(map) => map.get_mut(step).unwrap(),
+        Value::Array(list) => &mut list[step.parse::<usize>().unwrap()],
+        other => panic!("{other}"),
+    })
+}
+
+/// Calls `see` for each map of the tree that the value has, with the way to it.
+fn walk(of: &Type, value: &Value, way: &Way, see: &mut dyn FnMut(&'static Map, &Value, &Way)) {
+    let step = |name: &str| way.iter().cloned().chain([name.to_owned()]).collect::<Way>();
+    match (of, value) {
+        (Type::Map(map), Value::Object(object)) => {
+            see(map, value, way);
+            for field in map.fields {
+                if let Some(value) = object.get(field.key) {
+                    walk(&field.value, value, &step(field.key), see);
+                }
+            }
+        }
+        (Type::List(of), Value::Array(list)) => {
+            list.iter().enumerate().for_each(|(i, value)| walk(of, value, &step(&i.to_string()), see));
+        }
+        (Type::Either(all), value) => all.iter().for_each(|of| walk(of, value, way, see)),
+        _ => {}
+    }
+}
+
+/// Every map of every example, as (document, map, way).
+fn maps() -> Vec<(Value, &'static Map, Way)> {
+    let mut found = Vec::new();
+    for (kind, document) in examples() {
+        let mut see = |map: &'static Map, _: &Value, way: &Way| found.push((document.clone(), map, way.clone()));
+        see(&DOCUMENT, &document, &Way::new());
+        walk(&Type::Map(&METADATA), &document["metadata"], &vec!["metadata".into()], &mut see);
+        walk(&Type::Map(kind.spec), &document["spec"], &vec!["spec".into()], &mut see);
+    }
+    found
+}
+
+/// Parser and schema must both take it, or both refuse it.
+#[track_caller]
+fn both(document: &Value, accepted: bool, about: &str) {
+    assert_eq!(parses(document), accepted, "parser, {about}: {document}");
+    assert_eq!(valid(&json::schema(), document), accepted, "schema, {about}: {document}");
+}
+
+#[test]
+fn the_examples_are_right_and_have_every_key() {
+    let mut seen = BTreeSet::new();
+    for (mut document, map, way) in maps() {
+        both(&document, true, "example");
+        let value = at(&mut document, &way).as_object().unwrap();
+        seen.extend(value.keys().map(|key| (map.what, key.clone())));
+    }
+    let mut maps_of_tree: Vec<&'static Map> = vec![&DOCUMENT, &METADATA];
+    fn collect(of: &Type, all: &mut Vec<&'static Map>) {
+        match of {
+            Type::Map(map) => {
+                all.push(map);
+                map.fields.iter().for_each(|f| collect(&f.value, all));
+            }
+            Type::List(of) => collect(of, all),
+            Type::Either(of) => of.iter().for_each(|of| collect(of, all)),
+            _ => {}
+        }
+    }
+    KINDS.iter().for_each(|kind| collect(&Type::Map(kind.spec), &mut maps_of_tree));
+    for map in maps_of_tree {
+        for field in map.fields.iter().filter(|f| !matches!(f.value, Type::Refused)) {
+            assert!(seen.contains(&(map.what, field.key.to_owned())), "no example has {} of {}", field.key, map.what);
+        }
+    }
+}
+
+/// Were a key of the tree not read by the parser, nonsense behind it would pass.
+#[test]
+fn each_key_is_read() {
+    for (document, map, way) in maps() {
+        let present: Vec<String> = at(&mut document.clone(), &way).as_object().unwrap().keys().cloned().collect();
+        for key in present {
+            let mut wrong = document.clone();
+            at(&mut wrong, &way)[&key] = json!([[]]);
+            both(&wrong, false, &format!("nonsense behind {key} of {}", map.what));
+        }
+    }
+}
+
+#[test]
+fn unknown_missing_and_wrong_words_fail_in_both() {
+    let mut tried = 0;
+    for (document, map, way) in maps() {
+        let mut unknown = document.clone();
+        at(&mut unknown, &way)["zzz"] = json!("x");
+        both(&unknown, false, &format!("unknown key in {}", map.what));
+        for field in map.fields {
+            let mut wrong = document.clone();
+            let Some(object) = at(&mut wrong, &way).as_object_mut() else { continue };
+            if field.presence == Presence::Required {
+                let _ = object.remove(field.key).unwrap();
+                both(&wrong, false, &format!("{} of {} is missing", field.key, map.what));
+                tried += 1;
+            } else if object.contains_key(field.key) && matches!(field.value, Type::Words(_)) {
+                let _ = object.insert(field.key.into(), json!("zzz"));
+                both(&wrong, false, &format!("a wrong word for {} of {}", field.key, map.what));
+                tried += 1;
+            }
+        }
+    }
+    assert!(tried > 25, "{tried}");
+    let mut posture = examples().find(|(k, _)| k.name == "Policy").unwrap().1;
+    posture["spec"]["rules"][0]["require"] = json!({"posture": "healthy"});
+    both(&posture, false, "posture");
+    let mut two = examples().find(|(k, _)| k.name == "Workload").unwrap().1;
+    two["spec"]["match"][0]["cgroup"] = json!("/a");
+    both(&two, false, "two matchers in one");
+}
+
+/// Each word of the tree is one that the parser knows.
+#[test]
+fn every_word_is_known_to_the_parser() {
+    for (document, map, way) in maps() {
+        for field in map.fields {
+            let Type::Words(words) = field.value else { continue };
+            if std::ptr::eq(map, &DOCUMENT) {
+                continue;
+            }
+            for word in words {
+                let mut other = document.clone();
+                at(&mut other, &way)[field.key] = json!(word);
+                // A demand has no meaning beside another action than allow, which is no question of words.
+                if field.key == "action"
+                    && let Some(rule) = at(&mut other, &way).as_object_mut()
+                {
+                    let _ = rule.remove("require");
+                }
+                // Beside addresses no other key may stand.
+                if at(&mut other, &way).get("addresses").is_none() {
+                    both(&other, true, &format!("{word} for {} of {}", field.key, map.what));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_policies_of_this_repository_are_valid() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let schema = json::schema();
+    let mut count = 0;
+    for folder in ["policies", "policies/demo"] {
+        for (name, text) in crate::policy::read_dir_recursive(&root.join(folder)).unwrap() {
+            for document in documents(&text) {
+                assert!(valid(&schema, &document), "{folder}/{name}: {document}");
+                count += 1;
+            }
+        }
+    }
+    assert!(count > 30, "{count}");
+}
+
+#[test]
+fn the_page_is_the_one_in_docs() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/policy-reference.md");
+    let committed = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        committed == reference::markdown(),
+        "{} is not what policy::schema says; run: segfw policy schema --markdown > docs/policy-reference.md",
+        path.display()
+    );
+}
