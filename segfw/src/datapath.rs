@@ -9,6 +9,7 @@ pub mod attach;
 pub mod generation;
 pub mod host_maps;
 pub mod load;
+pub mod seen;
 pub mod sys;
 
 pub use load::Datapath;

@@ -115,7 +115,9 @@ impl Named {
     fn new(tables: &Tables) -> Self {
         let ports = port_names(tables);
         let entries = tables.rules.iter().map(|(key, entry)| (named_key(tables, &ports, key), answer(tables, entry)));
-        let locals = tables.locals.iter().map(|(id, local)| {
+        // One that is open is not enforced: for a reader it is not there.
+        let enforced = tables.locals.iter().filter(|(_, l)| l.flags & segfw_common::LocalEntry::OPEN == 0);
+        let locals = enforced.map(|(id, local)| {
             let [ingress, egress] = local.default.map(|a| Action::from_raw(a).as_str());
             // The bits above the mode only say which kinds of keys occur.
             let mode = if local.flags & segfw_common::LocalEntry::MONITOR != 0 { "monitor" } else { "enforce" };
