@@ -573,7 +573,7 @@ mod tests {
         let mut tried = 0;
         for line in all.iter().flat_map(|help| help.lines()) {
             let Some(line) = line.trim().trim_start_matches("sudo ").strip_prefix("segfw ") else { continue };
-            let line = line.split(" | ").next().unwrap().split("    ").next().unwrap();
+            let line = line.split(" | ").next().unwrap().split(" > ").next().unwrap().split("    ").next().unwrap();
             let _ = parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
             tried += 1;
         }

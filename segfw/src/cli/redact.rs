@@ -59,7 +59,7 @@ fn is_secret(key: &str) -> bool {
 pub(super) fn text(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     // Lines that are indented deeper than this belong to a value that was taken out.
-    let mut inside: Option<usize> = None;
+    let mut inside: Option<(usize, bool)> = None;
     let mut pem = false;
     for line in text.lines() {
         let indent = line.len() - line.trim_start().len();
@@ -72,9 +72,9 @@ pub(super) fn text(text: &str) -> String {
             pem = !body.contains("-----END ");
             continue;
         }
-        if let Some(outer) = inside {
-            // A list may stand at the indent of its key.
-            if body.is_empty() || indent > outer || (indent == outer && body.starts_with("- ")) {
+        if let Some((outer, list)) = inside {
+            // A list may stand at the indent of its key, where the key has no other value.
+            if body.is_empty() || indent > outer || (list && indent == outer && body.starts_with("- ")) {
                 continue;
             }
             inside = None;
@@ -85,7 +85,7 @@ pub(super) fn text(text: &str) -> String {
                 out.push(' ');
                 out.push_str(REMOVED);
                 // `- token: x`: the value belongs to the key, whose column is behind the dash.
-                inside = Some(indent);
+                inside = Some((indent, line.get(end..).is_none_or(|rest| rest.trim().is_empty())));
             }
             None => out.push_str(&userinfo(line)),
         }

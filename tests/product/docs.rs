@@ -1,0 +1,5 @@
+//! placeholder
+
+pub(crate) fn tests() -> Vec<crate::Test> {
+    vec![]
+}
