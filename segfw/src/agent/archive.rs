@@ -46,6 +46,11 @@ impl Archive {
         self.dir.join(format!("{number:010}.json"))
     }
 
+    /// The highest number that was ever kept and is still there; 0 = none.
+    pub fn newest(&self) -> u64 {
+        self.numbers().ok().and_then(|all| all.first().map(|(number, _)| *number)).unwrap_or(0)
+    }
+
     /// Is this revision kept, whole or not?
     pub fn has(&self, number: u64) -> bool {
         self.path(number).exists()
@@ -168,6 +173,7 @@ mod tests {
         }
         let list = archive.list(Some(35)).unwrap();
         assert_eq!((list.len(), list[0].number, list[31].number), (REVISIONS, 35, 4));
+        assert_eq!(archive.newest(), 35);
         assert!(list[0].in_force && !list[1].in_force && list[0].source == "me[31m", "{:?}", list[0]);
         assert_eq!(archive.files(35).unwrap()[0].text, "35");
         assert!(archive.files(1).unwrap_err().message.contains("not kept here"));

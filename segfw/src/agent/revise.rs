@@ -46,6 +46,9 @@ impl Core {
             }
         }
         saved.maps = maps;
+        // Where the state was lost and the history was not, no number is given twice.
+        let archive = archive::Archive::new(store.dir());
+        saved.revision = saved.revision.max(archive.newest());
         let mut core = Self {
             registry: Registry::new(config.host_labels.clone()),
             started_at: Timestamp::now(),
@@ -53,7 +56,7 @@ impl Core {
             config,
             datapath,
             hierarchy,
-            archive: archive::Archive::new(store.dir()),
+            archive,
             source: None,
             store,
             saved,

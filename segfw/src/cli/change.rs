@@ -358,8 +358,11 @@ async fn exchange(
     };
     if outcome.refused.is_some() {
         staged.exchange()?;
-        let before = crate::policy::digest(&agent.files);
-        let _ = take(socket, &before, "put back").await?;
+        // What was there need not have been in force: the agent says of it what it said before.
+        let before = crate::policy::digest(&there.unwrap_or_default());
+        if let Err(error) = take(socket, &before, "put back").await {
+            print::note(&format!("the old files are back, but: {}", error.message));
+        }
     } else if there.is_none_or(|files| crate::policy::digest(&files) != crate::policy::digest(&agent.files)) {
         // Somebody had edited it and it was never in force, so no revision holds it.
         match staged.keep_replaced() {

@@ -88,9 +88,8 @@ pub(super) async fn uninstall(socket: &Path, args: UninstallArgs) -> Result<Exit
         };
     } else if enforces {
         said += &format!(
-            "kept: the programs below {} stay in force until the next boot; nobody follows changes of workloads or \
-             policies\nto open the host before that: rm -r {}\n",
-            pins.display(),
+            "kept: the programs below {0} stay in force until the next boot; nobody follows changes of workloads or \
+             policies\nto open the host before that: rm {0}/*/link-* && rm -r {0}\n",
             pins.display()
         );
     } else {

@@ -535,7 +535,11 @@ mod tests {
             names.push(workload.name);
         }
         assert_eq!(names.len(), fixed::workloads().len());
-        agent.counted("control-served", 5).await;
+        let mut files = Client::connect(&agent.path).await.unwrap().ask(Request::Files(None)).await.unwrap();
+        let first = files.next().await.unwrap();
+        assert!(matches!(&first, Some(Response::File(f)) if f.name == "a.yaml"), "{first:?}");
+        assert_eq!(files.next().await.unwrap(), None);
+        agent.counted("control-served", 6).await;
     }
 
     #[tokio::test]

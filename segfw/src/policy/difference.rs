@@ -125,6 +125,12 @@ fn take(spec: &Node, parts: &mut Parts) {
             let _ = parts.insert(key.to_owned(), show(value));
             continue;
         };
+        if key == "cases" {
+            for (index, case) in items.iter().enumerate() {
+                let _ = parts.insert(format!("cases.{}", index + 1), show(case));
+            }
+            continue;
+        }
         if key != "rules" {
             // Elements in their order: it has no meaning, but a person sees that somebody moved them.
             let _ = parts.insert(key.to_owned(), show(value));
