@@ -1,5 +1,7 @@
 //! The tree, the parser, the JSON Schema and the committed page say the same.
 
+#![expect(clippy::wildcard_enum_match_arm, reason = "a test that meets another variant fails")]
+
 use super::*;
 use crate::policy::Severity;
 use crate::policy::document::parse;
@@ -127,7 +129,8 @@ fn maps() -> Vec<(Value, &'static Map, Way)> {
 #[track_caller]
 fn both(document: &Value, accepted: bool, about: &str) {
     assert_eq!(parses(document), accepted, "parser, {about}: {document}");
-    assert_eq!(valid(&json::schema(), document), accepted, "schema, {about}: {document}");
+    static SCHEMA: std::sync::LazyLock<Value> = std::sync::LazyLock::new(json::schema);
+    assert_eq!(valid(&SCHEMA, document), accepted, "schema, {about}: {document}");
 }
 
 #[test]
