@@ -7,19 +7,23 @@ use segfw_tests::policy::{CGROUP, Yaml};
 use segfw_tests::world::World;
 use serde_json::Value;
 use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Command, Output};
 
 pub(crate) fn tests() -> Vec<Test> {
     vec![
         ("cli: apply, history, diff, rollback", apply_and_back),
         ("cli: what the agent refuses is put back", refused_is_put_back),
         ("cli: a wrong policy changes nothing", wrong_changes_nothing),
+        ("cli: a person is asked", a_person_is_asked),
         ("cli: the history survives, and says what is damaged", history_survives),
         ("cli: a folder that was edited is kept", an_edited_folder_is_kept),
         ("cli: support has everything but secrets", support),
         ("cli: uninstall keeps or opens", uninstall),
+        ("cli: the policies of the system tests fit the schema", schema),
     ]
 }
 
@@ -190,6 +194,57 @@ fn wrong_changes_nothing() -> Result<()> {
     Ok(())
 }
 
+/// Runs a verb on a terminal, types `answer`, and returns the exit code and what was on the screen.
+fn on_a_terminal(room: &Room, args: &[&str], answer: &str) -> Result<(Option<i32>, String)> {
+    let (mut master, mut slave) = (-1, -1);
+    // SAFETY: both pointers are to live ints; the other arguments may be null.
+    let made = unsafe {
+        libc::openpty(&mut master, &mut slave, std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut())
+    };
+    ensure!(made == 0, "openpty: {}", std::io::Error::last_os_error());
+    // SAFETY: openpty has just made both, and nobody else owns them.
+    let (mut master, slave) = unsafe { (fs::File::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
+    let socket = room.world.folder().join("agent.sock");
+    let mut child = Command::new(segfw_tests::binary("segfw")?)
+        .arg("--socket")
+        .arg(socket)
+        .args(args)
+        .stdin(slave.try_clone()?)
+        .stdout(slave.try_clone()?)
+        .stderr(slave)
+        .spawn()?;
+    master.write_all(answer.as_bytes())?;
+    let mut screen = Vec::new();
+    // The end of a terminal whose other side is closed is an error, EIO.
+    let _ = master.read_to_end(&mut screen);
+    Ok((child.wait()?.code(), String::from_utf8_lossy(&screen).into_owned()))
+}
+
+fn a_person_is_asked() -> Result<()> {
+    let mut room = Room::new(&policy("tcp/1"), &[])?;
+    let first = room.revision()?;
+    let new = room.folder("new", &policy("tcp/2"))?;
+    for no in ["n\n", "\n"] {
+        let (exit, screen) = on_a_terminal(&room, &["policy", "apply", &new], no)?;
+        has(&screen, &["[y/N]", "nothing was changed"])?;
+        ensure!(exit == Some(1) && room.revision()? == first, "{exit:?} {screen}");
+    }
+    let (exit, screen) = on_a_terminal(&room, &["policy", "apply", &new], "y\n")?;
+    ensure!(exit == Some(0) && room.revision()?.0 == 2, "{exit:?} {screen}");
+    room.agent.stop()?;
+    let pins = room.world.pins().to_owned();
+    let pin_dir = pins.display().to_string();
+    let args = ["uninstall", "--config", "/dev/null", "--pin-dir", &pin_dir, "--state-dir", "/does/not/exist"];
+    let (exit, screen) = on_a_terminal(&room, &args, "cancel\n")?;
+    ensure!(exit == Some(1) && pins.exists(), "{exit:?} {screen}");
+    has(&screen, &["[KEEP/open/cancel]"])?;
+    let (exit, screen) = on_a_terminal(&room, &args, "\n")?;
+    ensure!(exit == Some(0) && pins.exists(), "{exit:?} {screen}");
+    let (exit, screen) = on_a_terminal(&room, &args, "open\n")?;
+    ensure!(exit == Some(0) && !pins.exists(), "{exit:?} {screen}");
+    Ok(())
+}
+
 fn history_survives() -> Result<()> {
     let mut room = Room::new(&policy("tcp/1"), &[])?;
     for port in [2, 3] {
@@ -226,7 +281,7 @@ fn an_edited_folder_is_kept() -> Result<()> {
 /// The files of a bundle, by their names without the folder.
 fn unpack(bundle: &Path) -> Result<Vec<(String, String)>> {
     let dir = tempfile::tempdir()?;
-    let tar = std::process::Command::new("tar").arg("-xzf").arg(bundle).arg("-C").arg(dir.path()).status()?;
+    let tar = Command::new("tar").arg("-xzf").arg(bundle).arg("-C").arg(dir.path()).status()?;
     ensure!(tar.success(), "tar: {tar}");
     let mut files = Vec::new();
     let mut stack = vec![dir.path().to_owned()];
@@ -317,5 +372,21 @@ fn uninstall() -> Result<()> {
     room.say(&["uninstall", "--config", &settings, "--pin-dir", &pin_dir, "--state-dir", &state_dir], 0)?;
     fs::write(&settings, "onRemov: keep\n")?;
     room.say(&["uninstall", "--yes", "--config", &settings, "--pin-dir", &pin_dir, "--state-dir", &state_dir], 2)?;
+    Ok(())
+}
+
+/// What the agent takes in the table of the system tests, an editor must not underline.
+fn schema() -> Result<()> {
+    use segfw::policy::schema::{json, validator};
+    let schema = json::schema();
+    let mut count = 0;
+    for group in segfw_tests::rows::all() {
+        for document in validator::documents(&group.policy.replace(CGROUP, "/x")).map_err(anyhow::Error::msg)? {
+            // Patterns are tried by the unit tests.
+            ensure!(validator::valid(&schema, &document, &|_, _| true), "{}: {document}", group.name);
+            count += 1;
+        }
+    }
+    ensure!(count > 500, "only {count} documents");
     Ok(())
 }

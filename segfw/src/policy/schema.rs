@@ -6,6 +6,8 @@
 
 pub mod json;
 pub mod reference;
+#[doc(hidden)]
+pub mod validator;
 
 use super::document::{
     ACTIONS, API_VERSION, DEFAULT_PRIORITY, DENY_ALLOW, GRANTS, IDENTITIES, LAST_PRIORITY, LOGS, MODES, TIERS,

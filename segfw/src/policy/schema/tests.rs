@@ -21,61 +21,12 @@ fn parses(document: &Value) -> bool {
     problems.iter().all(|p| p.severity != Severity::Error)
 }
 
-/// As much of JSON Schema as `json` uses; an unknown word fails, so that none is passed over.
 fn valid(schema: &Value, value: &Value) -> bool {
-    let object = schema.as_object().unwrap();
-    let all = |list: &Value, value: &Value| list.as_array().unwrap().iter().filter(|s| valid(s, value)).count();
-    object.iter().all(|(word, of)| match word.as_str() {
-        "$schema" | "$id" | "title" | "description" | "default" | "then" => true,
-        "type" => {
-            let is = |name: &Value| match name.as_str().unwrap() {
-                "object" => value.is_object(),
-                "array" => value.is_array(),
-                "string" => value.is_string(),
-                "number" => value.is_number(),
-                "integer" => value.is_u64(),
-                "boolean" => value.is_boolean(),
-                other => panic!("{other}"),
-            };
-            of.as_array().map_or_else(|| is(of), |names| names.iter().any(is))
-        }
-        "enum" => of.as_array().unwrap().contains(value),
-        "const" => of == value,
-        "not" => !valid(of, value),
-        "pattern" => value.as_str().is_none_or(|text| fits(of.as_str().unwrap(), text)),
-        "minimum" => value.as_u64().is_none_or(|n| n >= of.as_u64().unwrap()),
-        "maximum" => value.as_u64().is_none_or(|n| n <= of.as_u64().unwrap()),
-        "minItems" => value.as_array().is_none_or(|l| l.len() as u64 >= of.as_u64().unwrap()),
-        "items" => value.as_array().is_none_or(|l| l.iter().all(|v| valid(of, v))),
-        "minProperties" => value.as_object().is_none_or(|o| o.len() as u64 >= of.as_u64().unwrap()),
-        "maxProperties" => value.as_object().is_none_or(|o| o.len() as u64 <= of.as_u64().unwrap()),
-        "required" => {
-            value.as_object().is_none_or(|o| of.as_array().unwrap().iter().all(|k| o.contains_key(k.as_str().unwrap())))
-        }
-        "properties" => value.as_object().is_none_or(|o| o.iter().all(|(k, v)| of.get(k).is_none_or(|s| valid(s, v)))),
-        "additionalProperties" => value.as_object().is_none_or(|o| {
-            let known = object.get("properties");
-            o.iter().filter(|(k, _)| known.is_none_or(|p| p.get(k.as_str()).is_none())).all(|(_, v)| match of {
-                Value::Bool(allowed) => *allowed,
-                schema => valid(schema, v),
-            })
-        }),
-        "allOf" => all(of, value) == of.as_array().unwrap().len(),
-        "anyOf" => all(of, value) > 0,
-        "oneOf" => all(of, value) == 1,
-        "if" => !valid(of, value) || valid(&object["then"], value),
-        other => panic!("the validator of this test does not know {other}"),
-    })
+    super::validator::valid(schema, value, &fits)
 }
 
 fn fits(pattern: &str, text: &str) -> bool {
     regex_automata::meta::Regex::new(pattern).unwrap().is_match(text)
-}
-
-/// Every document of a text. `---` stands at the start of a line.
-fn documents(text: &str) -> Vec<Value> {
-    let texts = text.split("\n---").filter(|t| t.lines().any(|l| !l.trim().is_empty() && !l.trim().starts_with('#')));
-    texts.map(|t| editor(t.trim_start_matches("---"))).collect()
 }
 
 fn examples() -> impl Iterator<Item = (&'static Kind, Value)> {
@@ -238,7 +189,7 @@ fn the_policies_of_this_repository_are_valid() {
     let mut count = 0;
     for folder in ["policies", "policies/demo"] {
         for (name, text) in crate::policy::read_dir_recursive(&root.join(folder)).unwrap() {
-            for document in documents(&text) {
+            for document in super::validator::documents(&text).unwrap() {
                 assert!(valid(&schema, &document), "{folder}/{name}: {document}");
                 count += 1;
             }
