@@ -3,6 +3,7 @@
 //! Its death changes nothing in the kernel: programs and maps are pinned, and the next agent takes them over. One task
 //! owns the state ([`Core`]); the drain of events and the control socket run beside it.
 
+pub mod archive;
 mod backend;
 pub mod export;
 mod folder;
@@ -85,6 +86,9 @@ pub struct Core {
     hierarchy: Hierarchy,
     store: Store,
     saved: Saved,
+    archive: archive::Archive,
+    /// Who put the files there that are being read; `None` = somebody changed the folder.
+    source: Option<String>,
     registry: Registry,
     /// As written to the kernel.
     cgroups: BTreeMap<u64, CgroupEntry>,

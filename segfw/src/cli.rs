@@ -3,10 +3,16 @@
 //! Exit codes: 0 yes or done, 1 no (the answer is deny, a check of this machine failed), 2 wrong usage or input (also a
 //! policy with errors), 3 the system could not do it.
 
+mod change;
 mod engine;
 mod filter;
+mod pages;
 mod print;
+mod redact;
+mod replace;
 mod show;
+mod support;
+mod uninstall;
 
 use crate::config::{self, Config, Settings};
 use crate::control::report::{EndSpec, Outcome, PolicyCheck, Question, Service, Severity};
@@ -86,6 +92,8 @@ Examples:
   segfw status                                         is this host protected, and by what?
   segfw flows -f --verdict DENIED                      what is refused right now?
   segfw policy check /etc/segfw/policies               is the policy right?
+  segfw policy apply ./my-policy                       put it in force, whole or not at all
+  segfw policy rollback                                and back
   segfw policy explain app=web app=db tcp/5432         may web talk to db, and why?
 
 Exit codes: 0 yes or done, 1 no, 2 wrong usage or input, 3 the system could not do it.";
@@ -125,6 +133,39 @@ Examples:
   sudo segfw doctor
   segfw doctor -o json")]
     Doctor(OutputArgs),
+    /// One file for whoever is to help: status, policies, flows, host; without secrets
+    #[command(after_help = "\
+Examples:
+  segfw support
+  segfw support /tmp/segfw.tar.gz
+
+It is written with mode 0600, and also where no agent answers. Addresses, names and labels are in it.")]
+    Support(support::SupportArgs),
+    /// Before segfw is removed: what becomes of what is enforced
+    #[command(after_help = "\
+Examples:
+  segfw uninstall                                      asks
+  segfw uninstall --keep --yes                         enforced until the next boot
+  segfw uninstall --open --yes                         nothing is enforced any more (stop the agent first)
+  segfw uninstall --open --purge --yes                 and the state is removed
+
+Without a terminal it needs --yes, or onRemove in the settings.")]
+    Uninstall(uninstall::UninstallArgs),
+    /// A script that completes this command line in your shell
+    #[command(after_help = "\
+Examples:
+  segfw completions bash > /etc/bash_completion.d/segfw
+  segfw completions zsh > /usr/local/share/zsh/site-functions/_segfw
+  segfw completions fish > ~/.config/fish/completions/segfw.fish")]
+    Completions(pages::CompletionArgs),
+    /// Manual pages, one for each verb
+    #[command(
+        hide = true,
+        after_help = "\
+Examples:
+  segfw man /usr/local/share/man/man1"
+    )]
+    Man(pages::ManArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -151,6 +192,57 @@ Examples:
 
 Exit code 0: allowed, 1: denied.")]
     Explain(ExplainArgs),
+    /// Run the Test documents of policies: is each connection answered as they say? Needs no agent
+    #[command(after_help = "\
+Examples:
+  segfw policy test /etc/segfw/policies
+  segfw policy test -o json policies/ | jq 'select(.held != \"yes\")'
+
+Exit code 1: a case fails, or cannot be asked. The agent refuses such a revision.")]
+    Test(change::TestArgs),
+    /// Put policies in force on this host: checked, shown, taken whole or refused whole
+    #[command(after_help = "\
+Examples:
+  segfw policy apply ./my-policy --dry-run             what would change?
+  segfw policy apply ./my-policy                       asks on a terminal
+  segfw policy apply --yes base/ team-a/               together they are the policy
+
+The files replace those in the agent's policy folder in one step; other files there stay. What the agent refuses is put
+back. Exit code 0: in force. 1: refused, or a test fails. 2: the policy has errors.")]
+    Apply(change::ApplyArgs),
+    /// Put an earlier revision back in force
+    #[command(after_help = "\
+Examples:
+  segfw policy rollback                                the one before; twice is back again
+  segfw policy rollback 41 --dry-run                   what would change?
+  segfw policy rollback 41 --yes
+
+Exit code 0: in force. 1: refused.")]
+    Rollback(change::RollbackArgs),
+    /// The revisions that were in force here, newest first
+    #[command(after_help = "\
+Examples:
+  segfw policy history
+  segfw policy history -o json | jq 'select(.in_force).number'")]
+    History(OutputArgs),
+    /// What differs: documents, rules, table entries
+    #[command(after_help = "\
+Examples:
+  segfw policy diff                                    the one before and what is in force
+  segfw policy diff ./my-policy                        what is in force and this folder
+  segfw policy diff 41                                 revision 41 and what is in force
+  segfw policy diff 41 ./my-policy
+
+Exit code 1: there are differences.")]
+    Diff(change::DiffArgs),
+    /// The language as a JSON Schema, for editors
+    #[command(after_help = "\
+Examples:
+  segfw policy schema > segfw-schema.json
+  segfw policy schema --markdown > docs/policy-reference.md
+
+In VS Code with the YAML extension: \"yaml.schemas\": {\"./segfw-schema.json\": \"policies/*.yaml\"}")]
+    Schema(pages::SchemaArgs),
 }
 
 #[derive(Debug, Args)]
@@ -314,6 +406,18 @@ fn run(cli: Cli) -> Result<Exit, CliError> {
             runtime(true)?.block_on(engine::agent(config)).map(|()| Exit::Yes)
         }
         Command::Policy(PolicyCommand::Check(args)) => check(&args),
+        Command::Policy(PolicyCommand::Test(args)) => change::test(&args),
+        Command::Policy(PolicyCommand::Schema(args)) => pages::schema(&args),
+        Command::Policy(PolicyCommand::Apply(args)) => runtime(false)?.block_on(change::apply(&socket, args)),
+        Command::Policy(PolicyCommand::Rollback(args)) => runtime(false)?.block_on(change::rollback(&socket, args)),
+        Command::Policy(PolicyCommand::History(args)) => {
+            runtime(false)?.block_on(change::history(&socket, args.output))
+        }
+        Command::Policy(PolicyCommand::Diff(args)) => runtime(false)?.block_on(change::diff(&socket, args)),
+        Command::Support(args) => runtime(false)?.block_on(support::support(&socket, args)),
+        Command::Uninstall(args) => runtime(false)?.block_on(uninstall::uninstall(&socket, args)),
+        Command::Completions(args) => pages::completions(&args),
+        Command::Man(args) => pages::man(&args),
         Command::Doctor(args) => doctor(args.output),
         Command::Policy(PolicyCommand::Explain(ExplainArgs { from, to, port, policy, output })) => {
             let question = Question { from, to, port };
@@ -472,7 +576,7 @@ mod tests {
         let mut tried = 0;
         for line in all.iter().flat_map(|help| help.lines()) {
             let Some(line) = line.trim().trim_start_matches("sudo ").strip_prefix("segfw ") else { continue };
-            let line = line.split(" | ").next().unwrap().split("    ").next().unwrap();
+            let line = line.split(" | ").next().unwrap().split(" > ").next().unwrap().split("    ").next().unwrap();
             let _ = parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
             tried += 1;
         }

@@ -7,12 +7,16 @@ pub mod answer;
 pub mod client;
 pub mod report;
 pub mod server;
+pub mod trial;
 
 pub use client::{Client, ClientError};
 pub use server::{Backend, ControlCounts, Listener, serve};
 
 use crate::flow::{Item, Query};
-use report::{CounterReport, Explanation, Question, ReloadReport, StatusReport, WorkloadReport};
+use report::{
+    CounterReport, Explanation, PastReport, PlacesReport, PolicyFile, Question, ReloadReport, StatusReport,
+    WorkloadReport,
+};
 use serde::{Deserialize, Serialize};
 
 /// Number of this protocol. CLI and agent are one binary, but an old agent may still run while the CLI is new.
@@ -45,6 +49,17 @@ pub enum Request {
     Counters,
     /// Reads the policy folder again: one [`Response::Reloaded`].
     Reload,
+    /// As `Reload`, for a caller who has put the files there and says who they are from.
+    Take {
+        /// For the history: `apply of /root/policy by root`.
+        source: String,
+    },
+    /// Where the agent reads and keeps things: one [`Response::Places`].
+    Places,
+    /// The revisions that are kept, newest first: one [`Response::Past`] for each.
+    Past,
+    /// The files of a revision, or of the one in force: one [`Response::File`] for each.
+    Files(Option<u64>),
 }
 
 /// A line of the answer.
@@ -62,8 +77,14 @@ pub enum Response {
     Explanation(Explanation),
     /// To [`Request::Counters`].
     Counters(CounterReport),
-    /// To [`Request::Reload`].
+    /// To [`Request::Reload`] and [`Request::Take`].
     Reloaded(ReloadReport),
+    /// To [`Request::Places`].
+    Places(PlacesReport),
+    /// To [`Request::Past`].
+    Past(PastReport),
+    /// To [`Request::Files`].
+    File(PolicyFile),
     /// The answer is complete.
     End,
     /// There is no answer, or no more of it.

@@ -10,6 +10,7 @@ pub mod generation;
 pub mod guard;
 pub mod host_maps;
 pub mod load;
+pub mod seen;
 pub mod sys;
 
 pub use load::Datapath;

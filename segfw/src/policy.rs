@@ -5,6 +5,7 @@
 
 pub mod compile;
 pub mod container;
+pub mod difference;
 pub mod document;
 pub mod explain;
 pub mod host_policy;
@@ -17,6 +18,7 @@ pub mod ports;
 pub mod problem;
 pub mod resolve;
 pub mod schedule;
+pub mod schema;
 pub mod selector;
 pub mod tables;
 pub mod window;

@@ -1,15 +1,13 @@
 //! The examples in `policies/`: each is a whole policy, without an error or a warning, that a kernel can hold, and each
 //! does what its comment and its own Test document say.
 
-use segfw::control::answer;
-use segfw::control::report::{EndSpec, Question, Service};
+use segfw::control::report::Held;
+use segfw::control::trial;
 use segfw::policy::compile::{Clock, compile};
-use segfw::policy::document::{CaseEnd, Document};
-use segfw::policy::explain::View;
+use segfw::policy::document::Document;
 use segfw::policy::host_policy::Labels;
 use segfw::policy::tables::Numbers;
 use segfw::policy::{HostSettings, Inventory, Problems, read};
-use segfw_common::{Proto, Verdict};
 use std::path::{Path, PathBuf};
 
 fn examples() -> Vec<PathBuf> {
@@ -45,32 +43,11 @@ fn examples_compile_and_do_what_they_say() {
             .collect();
         let tables = compile(&policy, &local, &[], &mut Numbers::default(), clock).unwrap();
         assert!(!tables.rules.is_empty(), "{name}");
-        for doc in &docs {
-            let Document::Test(test) = doc else { continue };
-            for case in &test.cases {
-                let end = |end: &CaseEnd| match end {
-                    CaseEnd::Labels(labels) => EndSpec::Labels(labels.clone()),
-                    CaseEnd::Address(ip) => EndSpec::Address(*ip),
-                    CaseEnd::World => EndSpec::World,
-                    CaseEnd::Host => EndSpec::Host,
-                    CaseEnd::Unresolved => EndSpec::Unresolved,
-                };
-                assert_eq!(case.port.proto, Proto::Tcp, "the examples ask for no other");
-                let port: Service = format!("tcp/{}", case.port.first).parse().unwrap();
-                let question = Question { from: end(&case.from), to: end(&case.to), port };
-                let view = View { clock, host_flags: 0 };
-                let answer = answer::explain(&tables, &policy, &question, &|_| None, view, None, &name).unwrap();
-                let about = format!("{}: {answer:?}", case.at.line);
-                assert_eq!(answer.verdict != Verdict::Denied.into(), case.allow, "{name}:{about}");
-                if let Some(by) = &case.by {
-                    assert!(
-                        answer.ends.iter().any(|e| e.rule.as_ref().is_some_and(|r| r.rule == by.value)),
-                        "{name}:{about}"
-                    );
-                }
-                cases += 1;
-            }
+        let all = trial::run(&policy, &docs, &local, &Labels::new(), clock).unwrap();
+        for case in &all {
+            assert_eq!(case.held, Held::Yes, "{name}:{}: {case:?}", case.at.line);
         }
+        cases += all.len();
     }
     assert!(cases >= 10);
 }

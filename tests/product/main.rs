@@ -7,7 +7,9 @@
 #![allow(clippy::print_stdout, reason = "the lines are the result")]
 
 mod absence;
+mod cli;
 mod discovery;
+mod docs;
 mod lifecycle;
 mod monitoring;
 mod runtimes;
@@ -50,7 +52,9 @@ pub(crate) fn skipped(why: impl Into<String>) -> anyhow::Error {
 fn tests() -> Vec<Test> {
     [
         absence::tests(),
+        cli::tests(),
         discovery::tests(),
+        docs::tests(),
         lifecycle::tests(),
         monitoring::tests(),
         runtimes::tests(),

@@ -1,10 +1,11 @@
 //! What the control socket is told.
 
-use super::{Agent, Core, trouble};
+use super::{Agent, Core, on_thread, trouble};
 use crate::config::{AbsenceConfig, Absent};
 use crate::control::report::{
-    Absence, AgentReport, CounterReport, Enforcement, Explanation, Gate, HookReport, MapReport, Neighbour, Question,
-    ReloadReport, State, StatusReport, Uncovered, VerdictCount, WorkloadCounts, WorkloadReport,
+    Absence, AgentReport, CounterReport, Enforcement, Explanation, Gate, HookReport, MapReport, Neighbour, PastReport,
+    PlacesReport, PolicyFile, Question, ReloadReport, State, StatusReport, Uncovered, VerdictCount, WorkloadCounts,
+    WorkloadReport,
 };
 use crate::control::{Backend, Failure};
 use crate::datapath::attach::EGRESS;
@@ -36,6 +37,48 @@ impl Backend for Agent {
 
     async fn reload(&self) -> Result<ReloadReport, Failure> {
         Ok(self.core().reload())
+    }
+
+    async fn take(&self, source: String) -> Result<ReloadReport, Failure> {
+        Ok(self.core().take_from(source))
+    }
+
+    async fn places(&self) -> Result<PlacesReport, Failure> {
+        let core = self.core();
+        let absolute = |path: &Path| std::path::absolute(path).map_err(system);
+        Ok(PlacesReport {
+            policy: absolute(&core.config.policy)?,
+            state: absolute(&core.config.state_dir)?,
+            pins: absolute(&core.config.pin_dir)?,
+            cgroup_root: absolute(&core.config.cgroup_root)?,
+        })
+    }
+
+    async fn past(&self) -> Result<Vec<PastReport>, Failure> {
+        let (archive, in_force) = {
+            let core = self.core();
+            (core.archive.clone(), core.in_force.as_ref().map(|f| f.revision.number))
+        };
+        on_thread(move || archive.list(in_force)).await.unwrap_or_else(|| Err(system("the history cannot be read")))
+    }
+
+    async fn files(&self, revision: Option<u64>) -> Result<Vec<PolicyFile>, Failure> {
+        let archive = {
+            let core = self.core();
+            let in_force = core.in_force.as_ref().filter(|f| revision.is_none_or(|n| n == f.revision.number));
+            if let Some(f) = in_force {
+                let file = |(name, text): &(String, String)| PolicyFile { name: name.clone(), text: text.clone() };
+                return Ok(f.files.iter().map(file).collect());
+            }
+            core.archive.clone()
+        };
+        match revision {
+            // Nothing is in force: there is nothing to compare with.
+            None => Ok(Vec::new()),
+            Some(number) => on_thread(move || archive.files(number))
+                .await
+                .unwrap_or_else(|| Err(system("the revision cannot be read"))),
+        }
     }
 
     fn history(&self) -> &History {

@@ -82,6 +82,11 @@ impl Registry {
         &self.root
     }
 
+    /// Labels of every workload of this host.
+    pub fn host_labels(&self) -> &Labels {
+        &self.host_labels
+    }
+
     /// The same without documents.
     pub fn without_documents(&self) -> Self {
         Self { docs: Vec::new(), managed: BTreeSet::new(), ..self.clone() }

@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// A revision that is younger than this when its author names himself is the one he means.
+const SEEN_FIRST: Duration = Duration::from_secs(5);
+
 impl Core {
     pub(super) fn new(
         config: Config,
@@ -46,6 +49,9 @@ impl Core {
         // The part of the tree that this agent answers for.
         let below = config.cgroup_root.strip_prefix(&hierarchy.mount).unwrap_or(Path::new(""));
         let root = Path::new("/").join(below);
+        // Where the state was lost and the history was not, no number is given twice.
+        let archive = archive::Archive::new(store.dir());
+        saved.revision = saved.revision.max(archive.newest());
         let mut core = Self {
             registry: Registry::new(config.host_labels.clone(), root),
             started_at: Timestamp::now(),
@@ -53,6 +59,8 @@ impl Core {
             config,
             datapath,
             hierarchy,
+            archive,
+            source: None,
             store,
             saved,
             cgroups: BTreeMap::new(),
@@ -267,6 +275,7 @@ impl Core {
         self.in_force = Some(InForce { revision, files, policy, tables, maps });
         self.refused = None;
         self.save();
+        self.keep_revision();
         self.survey();
         Ok(())
     }
@@ -296,6 +305,49 @@ impl Core {
                 );
             }
         }
+    }
+
+    /// Keeps the files of the revision in force, so that they can be put back.
+    fn keep_revision(&mut self) {
+        let Some(f) = &self.in_force else { return };
+        let number = f.revision.number;
+        if self.archive.has(number) {
+            return;
+        }
+        let source = self.source.as_deref().unwrap_or(archive::FOLDER);
+        match self.archive.keep(number, f.revision.loaded_at, source, &f.files) {
+            Ok(()) => {
+                let _ = self.troubles.remove("history");
+            }
+            Err(e) => {
+                let what = format!("revision {number} cannot be kept in {}: {e}", self.config.state_dir.display());
+                tracing::error!("{what}");
+                let _ = self.troubles.insert(
+                    "history",
+                    trouble(
+                        &what,
+                        "enforcement goes on; there is no way back to this revision",
+                        "make room, or repair the file system",
+                    ),
+                );
+            }
+        }
+    }
+
+    /// As `reload`, for files that somebody has put there who says who they are from.
+    pub(super) fn take_from(&mut self, source: String) -> report::ReloadReport {
+        self.source = Some(source.clone());
+        let report = self.reload();
+        self.source = None;
+        // The watch of the folder may have been quicker than the caller.
+        if !report.changed
+            && let Some(revision) = &report.revision
+            && revision.loaded_at + SEEN_FIRST > Timestamp::now()
+            && let Err(e) = self.archive.attribute(revision.number, &source)
+        {
+            tracing::warn!("the history does not say who revision {} is from: {e}", revision.number);
+        }
+        report
     }
 
     pub(super) fn publish_names(&mut self) {

@@ -2,6 +2,7 @@
 
 use super::registry::Registry;
 use crate::control::report::{Finding, Refused};
+use crate::control::trial;
 use crate::policy::compile::{Clock, compile};
 use crate::policy::document::{Document, WorkloadDoc};
 use crate::policy::tables::Numbers;
@@ -51,26 +52,34 @@ pub fn build(
     clock: Clock,
 ) -> Result<Candidate, Refused> {
     let refuse = |why: &str, problems: Vec<Finding>| Refused { at: clock.wall, why: why.to_owned(), problems };
-    let mut trial = registry.without_documents();
+    let mut candidate = registry.without_documents();
     let inventory = |documents: &[Document]| {
-        trial.set_documents(workload_documents(documents));
-        Inventory { workloads: trial.known() }
+        candidate.set_documents(workload_documents(documents));
+        Inventory { workloads: candidate.known() }
     };
-    let (_, policy, problems) = policy::read(&files, inventory, &HostSettings { monitor }, clock.wall);
+    let (documents, policy, problems) = policy::read(&files, inventory, &HostSettings { monitor }, clock.wall);
     let mut findings: Vec<Finding> = problems.iter().map(Finding::from).collect();
-    findings.extend(trial.conflicts().iter().map(Finding::from));
+    findings.extend(candidate.conflicts().iter().map(Finding::from));
     if problems.errors() != 0 {
         return Err(refuse("the policy has errors", findings));
     }
     let mut next = numbers.clone();
     // The label sets of before too: a cgroup that changes hands is known under its old labels until it does.
-    let mut sets: BTreeSet<_> = trial.label_sets().into_iter().collect();
+    let mut sets: BTreeSet<_> = candidate.label_sets().into_iter().collect();
     sets.extend(registry.label_sets());
     let sets: Vec<_> = sets.into_iter().collect();
     let tables = compile(&policy, &sets, &[], &mut next, clock)
         .map_err(|problems| refuse("the policy does not fit", problems.iter().map(Finding::from).collect()))?;
+    // What must hold is tried on the labels that are here and on those that the cases name.
+    let cases = trial::run(&policy, &documents, &sets, registry.host_labels(), clock)
+        .map_err(|problems| refuse("the policy does not fit", problems.iter().map(Finding::from).collect()))?;
+    let failed = trial::findings(&cases);
+    if !failed.is_empty() {
+        let why = format!("{} of {} test cases of the policy failed", failed.len(), cases.len());
+        return Err(refuse(&why, failed));
+    }
     *numbers = next;
-    *registry = trial;
+    *registry = candidate;
     let digest = policy::digest(&files);
     Ok(Candidate { files, digest, policy, tables, warnings: findings })
 }
@@ -100,6 +109,11 @@ impl Store {
         Self { path: dir.join("state.json") }
     }
 
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new("."))
+    }
+
     /// What was saved; `None` = nothing, or nothing that can be read (then it is said why).
     pub fn load(&self) -> (Option<Saved>, Option<String>) {
         match std::fs::read(&self.path) {
@@ -116,7 +130,7 @@ impl Store {
     pub fn save(&self, saved: &Saved) -> std::io::Result<()> {
         use std::io::Write;
         use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-        let dir = self.path.parent().unwrap_or(Path::new("."));
+        let dir = self.dir();
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let aside = self.path.with_extension("new");
         let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
@@ -146,6 +160,27 @@ mod tests {
             let (saved, why) = store.load();
             assert!(saved.is_none() && why.is_some(), "cut at {cut}");
         }
+    }
+
+    #[test]
+    fn a_revision_whose_tests_fail_is_refused() {
+        let text = |expect: &str| {
+            format!(
+                "apiVersion: segfw.dev/v1\nkind: Segment\nmetadata: {{name: web}}\nspec: {{select: {{app: web}}}}\n---\n\
+                 apiVersion: segfw.dev/v1\nkind: Test\nmetadata: {{name: closed}}\nspec:\n  cases:\n  \
+                 - {{from: world, to: {{app: web}}, port: tcp/80, expect: {expect}}}\n"
+            )
+        };
+        let clock = Clock { wall: "2026-01-01T00:00:00Z".parse().unwrap(), boot_ns: 1 };
+        let mut numbers = Numbers::default();
+        let mut take =
+            |expect| build(vec![("a.yaml".into(), text(expect))], &mut Registry::default(), &mut numbers, false, clock);
+        assert!(take("deny").is_ok());
+        let refused = take("allow").err().unwrap();
+        assert_eq!(refused.why, "1 of 1 test cases of the policy failed");
+        let said = &refused.problems[0];
+        assert!(said.message.contains("expected allow, but the answer is DENIED: ingress by segment-default of web"));
+        assert_eq!(said.at.as_ref().map(|at| at.line), Some(11), "{said:?}");
     }
 
     #[test]

@@ -2,8 +2,8 @@
 
 use super::CliError;
 use crate::config::Config;
-use crate::control::answer;
-use crate::control::report::{CheckReport, EndSpec, Explanation, Finding, Outcome, PolicyCheck, Question};
+use crate::control::report::{CaseReport, CheckReport, EndSpec, Explanation, Finding, Outcome, PolicyCheck, Question};
+use crate::control::{answer, trial};
 use crate::host::{cgroup, doctor};
 use crate::policy::compile::{Clock, CompileProblem, compile};
 use crate::policy::document::{Document, Matcher, WorkloadDoc};
@@ -42,6 +42,7 @@ struct Loaded {
     segments: usize,
     rules: usize,
     workloads: Vec<WorkloadDoc>,
+    documents: Vec<Document>,
     policy: HostPolicy,
     /// Sorted by position.
     problems: Problems,
@@ -54,31 +55,32 @@ impl Loaded {
     fn from_dirs(dirs: &[PathBuf], now: Timestamp) -> Result<Self, CliError> {
         let mut files = Vec::new();
         for dir in dirs {
-            let found = read_dir_recursive(dir).map_err(|e| load_error(dir, &e))?;
-            if found.is_empty() {
-                return Err(CliError::usage(format!("{}: no *.yaml or *.yml file in it", dir.display())));
-            }
             // With several folders a name alone would not say which file is meant.
             let full = |name: String| match dirs.len() {
                 1 => name,
                 _ if dir.is_file() => dir.display().to_string(),
                 _ => dir.join(name).display().to_string(),
             };
-            files.extend(found.into_iter().map(|(name, text)| (full(name), text)));
+            files.extend(files_of(dir)?.into_iter().map(|(name, text)| (full(name), text)));
         }
+        Ok(Self::from_files(&files, now))
+    }
+
+    /// As [`Self::from_dirs`], for files that are in memory.
+    fn from_files(files: &[(String, String)], now: Timestamp) -> Self {
         // The labels of the Workload documents are known to the resolver; there is no host to see more on.
-        let (docs, policy, problems) = policy::read(&files, |_| Inventory::default(), &HostSettings::default(), now);
+        let (docs, policy, problems) = policy::read(files, |_| Inventory::default(), &HostSettings::default(), now);
         let (mut segments, mut rules, mut workloads) = (0, 0, Vec::new());
-        for doc in docs {
+        for doc in &docs {
             match doc {
-                Document::Workload(doc) => workloads.push(doc),
+                Document::Workload(doc) => workloads.push(doc.clone()),
                 Document::Segment(_) => segments += 1,
                 Document::Policy(doc) => rules += doc.rules.len(),
                 Document::Test(_) => {}
             }
         }
         let clock = Clock { wall: now, boot_ns: BOOT };
-        Ok(Self { files: files.len(), segments, rules, workloads, policy, problems, clock })
+        Self { files: files.len(), segments, rules, workloads, documents: docs, policy, problems, clock }
     }
 
     /// As a host would compile it on which each Workload document has a workload.
@@ -154,19 +156,62 @@ fn load_error(dir: &Path, error: &LoadError) -> CliError {
     }
 }
 
+/// The policy files below a folder, or the one file.
+pub(super) fn files_of(dir: &Path) -> Result<Vec<(String, String)>, CliError> {
+    let found = read_dir_recursive(dir).map_err(|e| load_error(dir, &e))?;
+    if found.is_empty() {
+        return Err(CliError::usage(format!("{}: no *.yaml or *.yml file in it", dir.display())));
+    }
+    Ok(found)
+}
+
 /// `segfw policy check`.
 pub(super) fn check(dirs: &[PathBuf]) -> Result<PolicyCheck, CliError> {
-    let loaded = Loaded::from_dirs(dirs, Timestamp::now())?;
+    Ok(examine(Loaded::from_dirs(dirs, Timestamp::now())?).0)
+}
+
+/// What `check` says of files, and their tables if they can be compiled.
+pub(super) fn examine_files(files: &[(String, String)], now: Timestamp) -> (PolicyCheck, Option<Tables>) {
+    examine(Loaded::from_files(files, now))
+}
+
+fn examine(loaded: Loaded) -> (PolicyCheck, Option<Tables>) {
     let mut findings = loaded.findings();
-    let mut entries = None;
+    let mut tables = None;
     if !loaded.problems.refuse(false) {
         match loaded.compile() {
-            Ok(tables) => entries = Some(tables.rules.len()),
+            Ok(compiled) => tables = Some(compiled),
             Err(problems) => findings.extend(problems.iter().map(Finding::from)),
         }
     }
     let Loaded { files, segments, rules, .. } = loaded;
-    Ok(PolicyCheck { files, segments, rules, entries, findings })
+    let entries = tables.as_ref().map(|t| t.rules.len());
+    (PolicyCheck { files, segments, rules, entries, findings }, tables)
+}
+
+/// `segfw policy test`: every case, or the check that says why nothing can be asked.
+pub(super) fn test(dirs: &[PathBuf]) -> Result<Result<Vec<CaseReport>, PolicyCheck>, CliError> {
+    Ok(try_cases(Loaded::from_dirs(dirs, Timestamp::now())?))
+}
+
+/// As [`test`], for files that are in memory.
+pub(super) fn test_files(files: &[(String, String)], now: Timestamp) -> Result<Vec<CaseReport>, PolicyCheck> {
+    try_cases(Loaded::from_files(files, now))
+}
+
+fn try_cases(loaded: Loaded) -> Result<Vec<CaseReport>, PolicyCheck> {
+    if loaded.problems.refuse(false) {
+        return Err(examine(loaded).0);
+    }
+    let local: Vec<Labels> = loaded.workloads.iter().map(|d| d.labels.clone()).collect();
+    match trial::run(&loaded.policy, &loaded.documents, &local, &Labels::new(), loaded.clock) {
+        Ok(cases) => Ok(cases),
+        Err(problems) => {
+            let mut check = examine(loaded).0;
+            check.findings = problems.iter().map(Finding::from).collect();
+            Err(check)
+        }
+    }
 }
 
 /// `segfw policy explain --policy DIR`.

@@ -1,5 +1,9 @@
 //! Reports as text with styles, for a person: most important first, what to do beside what is wrong.
 
+mod changes;
+
+pub(super) use changes::{applied, cases, changes, findings, history, support};
+
 use super::Exit;
 use crate::control::report::{
     CheckReport, EndReport, Enforcement, Explanation, Finding, NearestReport, Outcome, PendingReport, PolicyCheck,

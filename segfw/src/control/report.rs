@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 /// Where something is written.
@@ -393,6 +394,81 @@ pub struct ReloadReport {
     pub refused: Option<Refused>,
     /// Warnings.
     pub warnings: Vec<Finding>,
+}
+
+/// Where an agent reads and keeps things.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlacesReport {
+    /// The policy folder, absolute.
+    pub policy: PathBuf,
+    /// What survives a restart.
+    pub state: PathBuf,
+    /// Programs and maps.
+    pub pins: PathBuf,
+    /// The part of the cgroup tree that it enforces.
+    pub cgroup_root: PathBuf,
+}
+
+/// A revision that was in force here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PastReport {
+    /// Counts up on this host.
+    pub number: u64,
+    /// Is it the one that is enforced now?
+    pub in_force: bool,
+    /// Since when it was; absent where it is damaged.
+    pub since: Option<Timestamp>,
+    /// SHA-256 of the files, hexadecimal.
+    pub digest: String,
+    /// Who put it in force: `apply of /root/policy by root`.
+    pub source: String,
+    /// How many files.
+    pub files: usize,
+    /// Bytes of them.
+    pub bytes: u64,
+    /// Why it cannot be put back, if it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damaged: Option<String>,
+}
+
+/// Whether a case of a Test held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Held {
+    /// The policy says what the case says.
+    Yes,
+    /// It says something else.
+    No,
+    /// There is no such flow, or no answer.
+    NotAsked,
+}
+
+/// One case of a Test, and what became of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaseReport {
+    /// The name of the document.
+    pub test: String,
+    /// Where the case is written.
+    pub at: At,
+    /// What it asks.
+    pub question: Question,
+    /// `allow` or `deny`.
+    pub expect: String,
+    /// The rule that must decide.
+    pub by: Option<String>,
+    /// The outcome.
+    pub held: Held,
+    /// The answer in words, or why there is none.
+    pub found: String,
+}
+
+/// A file of a revision.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyFile {
+    /// Relative to the policy folder.
+    pub name: String,
+    /// As it was read.
+    pub text: String,
 }
 
 /// May A open a connection to B?

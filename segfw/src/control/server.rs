@@ -1,6 +1,9 @@
 //! The agent's end of the control socket.
 
-use super::report::{CounterReport, Explanation, Question, ReloadReport, StatusReport, WorkloadReport};
+use super::report::{
+    CounterReport, Explanation, PastReport, PlacesReport, PolicyFile, Question, ReloadReport, StatusReport,
+    WorkloadReport,
+};
 use super::{Envelope, Failure, FailureKind, PROTOCOL, Request, Response};
 use crate::flow::history::Past;
 use crate::flow::{History, Item, Query};
@@ -45,6 +48,14 @@ pub trait Backend: Send + Sync + 'static {
     fn counters(&self) -> impl Future<Output = Result<CounterReport, Failure>> + Send;
     /// Reads the policy folder again.
     fn reload(&self) -> impl Future<Output = Result<ReloadReport, Failure>> + Send;
+    /// As [`Self::reload`], with who put the files there.
+    fn take(&self, source: String) -> impl Future<Output = Result<ReloadReport, Failure>> + Send;
+    /// Where it reads and keeps things.
+    fn places(&self) -> impl Future<Output = Result<PlacesReport, Failure>> + Send;
+    /// The revisions that are kept, newest first.
+    fn past(&self) -> impl Future<Output = Result<Vec<PastReport>, Failure>> + Send;
+    /// The files of a revision; `None` = of the one in force.
+    fn files(&self, revision: Option<u64>) -> impl Future<Output = Result<Vec<PolicyFile>, Failure>> + Send;
     /// The records; the server filters and follows by itself.
     fn history(&self) -> &History;
 }
@@ -340,6 +351,12 @@ async fn answer<B: Backend>(
             Request::Explain(question) => Response::Explanation(backend.explain(question).await?),
             Request::Counters => Response::Counters(backend.counters().await?),
             Request::Reload => Response::Reloaded(backend.reload().await?),
+            Request::Take { source } => Response::Reloaded(backend.take(source).await?),
+            Request::Places => Response::Places(backend.places().await?),
+            Request::Past => return Ok((backend.past().await?.into_iter().map(Response::Past).collect(), None)),
+            Request::Files(revision) => {
+                return Ok((backend.files(revision).await?.into_iter().map(Response::File).collect(), None));
+            }
             Request::Workloads => {
                 return Ok((backend.workloads().await?.into_iter().map(Response::Workload).collect(), None));
             }
@@ -455,6 +472,18 @@ mod tests {
         async fn reload(&self) -> Result<ReloadReport, Failure> {
             Err(Failure::system("no"))
         }
+        async fn take(&self, _: String) -> Result<ReloadReport, Failure> {
+            Err(Failure::system("no"))
+        }
+        async fn places(&self) -> Result<PlacesReport, Failure> {
+            Err(Failure::system("no"))
+        }
+        async fn past(&self) -> Result<Vec<PastReport>, Failure> {
+            Ok(Vec::new())
+        }
+        async fn files(&self, _: Option<u64>) -> Result<Vec<PolicyFile>, Failure> {
+            Ok(vec![PolicyFile { name: "a.yaml".into(), text: "kind: Policy\n".into() }])
+        }
         fn history(&self) -> &History {
             &self.history
         }
@@ -529,7 +558,11 @@ mod tests {
             names.push(workload.name);
         }
         assert_eq!(names.len(), fixed::workloads().len());
-        agent.counted("control-served", 5).await;
+        let mut files = Client::connect(&agent.path).await.unwrap().ask(Request::Files(None)).await.unwrap();
+        let first = files.next().await.unwrap();
+        assert!(matches!(&first, Some(Response::File(f)) if f.name == "a.yaml"), "{first:?}");
+        assert_eq!(files.next().await.unwrap(), None);
+        agent.counted("control-served", 6).await;
     }
 
     #[tokio::test]

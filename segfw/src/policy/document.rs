@@ -7,6 +7,7 @@ use super::host_policy::{
     Labels, Members, OnRevoke, PortSpec, Position, Requirement, RuleAction, Schedule, Selector, Tier,
 };
 use super::problem::{Fault, PROBLEMS_PER_FILE, Problem, nearest, quote};
+use super::schema::{self, Map};
 use super::selector::{LABEL_CHARS, check_key, check_value, is_word};
 use super::workload::Glob;
 use super::yaml::{self, Node, Text, Value};
@@ -23,7 +24,7 @@ pub const API_VERSION: &str = "segfw.dev/v1";
 pub const RESERVED: [&str; 4] = ["any", "world", "host", "unresolved"];
 /// Of a policy that names none, so that one can be put before and behind it.
 pub const DEFAULT_PRIORITY: u16 = 500;
-const LAST_PRIORITY: u16 = 1000;
+pub(super) const LAST_PRIORITY: u16 = 1000;
 /// Longest time that revoked connections may live on (seconds): thirty days.
 const DRAIN_S_MAX: u64 = 30 * 86_400;
 /// Matchers of one Workload. Each is a pattern to compile, and to try on every new cgroup.
@@ -32,24 +33,25 @@ const MATCHERS: usize = 1_024;
 /// Bytes of the key of a container's label: what a Kubernetes label may have, `prefix/name`.
 const LABEL_KEY_BYTES: usize = 253 + 1 + LABEL_CHARS;
 
-const TIERS: [(&str, Tier); 5] = [
+pub(super) const TIERS: [(&str, Tier); 5] = [
     ("emergency", Tier::Emergency),
     ("security", Tier::Security),
     ("platform", Tier::Platform),
     ("application", Tier::Application),
     ("baseline", Tier::Baseline),
 ];
-const ACTIONS: [(&str, RuleAction); 4] = [
+pub(super) const ACTIONS: [(&str, RuleAction); 4] = [
     ("allow", RuleAction::Allow),
     ("deny", RuleAction::Deny),
     ("reject", RuleAction::Reject),
     ("pass", RuleAction::Pass),
 ];
-const MODES: [(&str, bool); 2] = [("enforce", false), ("monitor", true)];
-const DENY_ALLOW: [(&str, bool); 2] = [("deny", false), ("allow", true)];
-const LOGS: [(&str, bool); 2] = [("new", true), ("none", false)];
-const IDENTITIES: [(&str, Evidence); 2] = [("exact", Evidence::Address), ("authenticated", Evidence::Origin)];
-const GRANTS: [(&str, u32); 6] = [
+pub(super) const MODES: [(&str, bool); 2] = [("enforce", false), ("monitor", true)];
+pub(super) const DENY_ALLOW: [(&str, bool); 2] = [("deny", false), ("allow", true)];
+pub(super) const LOGS: [(&str, bool); 2] = [("new", true), ("none", false)];
+pub(super) const IDENTITIES: [(&str, Evidence); 2] =
+    [("exact", Evidence::Address), ("authenticated", Evidence::Origin)];
+pub(super) const GRANTS: [(&str, u32); 6] = [
     ("ping", LocalEntry::GRANT_PING),
     ("raw", LocalEntry::GRANT_RAW),
     ("sctp", LocalEntry::GRANT_SCTP),
@@ -400,14 +402,16 @@ impl<'r> Reader<'r> {
         Some(found)
     }
 
-    fn fields<'n>(&mut self, node: &'n Node, what: &'static str, known: &[&str]) -> Option<Fields<'n>> {
+    /// A map with the keys that the language has for it.
+    fn fields<'n>(&mut self, node: &'n Node, map: &'static Map) -> Option<Fields<'n>> {
+        let what = map.what;
         let mut entries = Vec::new();
         for (text, key, value) in self.entries(node, what)? {
-            if known.contains(&text.text.as_str()) {
+            if map.field(&text.text).is_some() {
                 entries.push((text.text.as_str(), value));
             } else {
-                let near = nearest(&text.text, known.iter().copied()).map(|k| format!("did you mean {}?", quote(k)));
-                let why = format!("{what} has {}", known.join(", "));
+                let near = nearest(&text.text, map.keys()).map(|k| format!("did you mean {}?", quote(k)));
+                let why = format!("{what} has {}", map.list());
                 self.say(key, format!("unknown key {}", quote(&text.text)), why).help = near;
             }
         }
@@ -458,7 +462,7 @@ impl<'r> Reader<'r> {
     fn document(&mut self, root: &Node) -> Option<Document> {
         const KINDS: [(&str, &str); 4] =
             [("Workload", "Workload"), ("Segment", "Segment"), ("Policy", "Policy"), ("Test", "Test")];
-        let fields = self.fields(root, "a document", &["apiVersion", "kind", "metadata", "spec"])?;
+        let fields = self.fields(root, &schema::DOCUMENT)?;
         if let Some(node) = self.required(&fields, "apiVersion")
             && let Some(text) = self.text(node, "apiVersion", API_VERSION)
             && text.text != API_VERSION
@@ -500,7 +504,7 @@ impl<'r> Reader<'r> {
     }
 
     fn metadata(&mut self, node: &Node) -> Option<Metadata> {
-        let fields = self.fields(node, "metadata", &["name", "owner", "description", "labels"])?;
+        let fields = self.fields(node, &schema::METADATA)?;
         let owner = fields.get("owner").and_then(|n| self.text(n, "owner", "text")).map(|t| t.text.clone());
         let description =
             fields.get("description").and_then(|n| self.text(n, "description", "text")).map(|t| t.text.clone());
@@ -622,7 +626,7 @@ impl<'r> Reader<'r> {
     }
 
     fn workload(&mut self, spec: &Node, meta: Metadata) -> Option<WorkloadDoc> {
-        let fields = self.fields(spec, "the spec of a Workload", &["match", "labels"])?;
+        let fields = self.fields(spec, &schema::WORKLOAD)?;
         let matches = self.required(&fields, "match").and_then(|node| {
             let items = self.list(node, "match", "a list of matchers")?;
             if items.len() > MATCHERS {
@@ -641,10 +645,9 @@ impl<'r> Reader<'r> {
     }
 
     fn matcher(&mut self, node: &Node) -> Option<At<Matcher>> {
-        let fields =
-            self.fields(node, "a matcher", &["systemdUnit", "systemdUserUnit", "cgroup", "container", "pod"])?;
+        let fields = self.fields(node, &schema::MATCHER)?;
         let [(key, value)] = fields.entries.as_slice() else {
-            let why = "each has exactly one of systemdUnit, systemdUserUnit, cgroup, container, pod";
+            let why = format!("each has exactly one of {}", schema::MATCHER.list());
             if !fields.entries.is_empty() || matches!(&node.value, Value::Map(m) if m.is_empty()) {
                 let _ = self.say(node, format!("a matcher has {} keys", fields.entries.len()), why);
             }
@@ -653,7 +656,7 @@ impl<'r> Reader<'r> {
         let value = match *key {
             "systemdUnit" => Matcher::SystemdUnit(self.glob(value, "systemdUnit", false)?),
             "systemdUserUnit" => {
-                let fields = self.fields(value, "systemdUserUnit", &["unit", "user"])?;
+                let fields = self.fields(value, &schema::USER_UNIT)?;
                 let unit = self.required(&fields, "unit").and_then(|n| self.glob(n, "unit", false));
                 let user = self.required(&fields, "user").and_then(|n| self.glob(n, "user", false));
                 Matcher::SystemdUserUnit { unit: unit?, user: user? }
@@ -679,9 +682,10 @@ impl<'r> Reader<'r> {
     }
 
     fn container(&mut self, node: &Node) -> Option<Matcher> {
-        let fields = self.fields(node, "container", &["image", "name", "runtime", "labels"])?;
+        let fields = self.fields(node, &schema::CONTAINER)?;
         if fields.entries.is_empty() {
-            let _ = self.say(node, "container says nothing", "it has at least one of image, name, runtime, labels");
+            let why = format!("it has at least one of {}", schema::CONTAINER.list());
+            let _ = self.say(node, "container says nothing", why);
             return None;
         }
         // All four before any of them may end it, so that every mistake is said.
@@ -698,9 +702,10 @@ impl<'r> Reader<'r> {
     }
 
     fn pod(&mut self, node: &Node) -> Option<Matcher> {
-        let fields = self.fields(node, "pod", &["namespace", "name", "labels"])?;
+        let fields = self.fields(node, &schema::POD)?;
         if fields.entries.is_empty() {
-            let _ = self.say(node, "pod says nothing", "it has at least one of namespace, name, labels");
+            let why = format!("it has at least one of {}", schema::POD.list());
+            let _ = self.say(node, "pod says nothing", why);
             return None;
         }
         let namespace = fields.get("namespace").map(|n| self.name(n, "namespace"));
@@ -748,8 +753,7 @@ impl<'r> Reader<'r> {
     }
 
     fn segment(&mut self, spec: &Node, meta: Metadata) -> Option<SegmentDoc> {
-        let known = ["select", "addresses", "default", "mode", "whenUnresolved", "onRevoke", "grants"];
-        let fields = self.fields(spec, "the spec of a Segment", &known)?;
+        let fields = self.fields(spec, &schema::SEGMENT)?;
         let members = match (fields.get("select"), fields.get("addresses")) {
             (Some(node), None) => {
                 self.selector(node).map(|s| At { value: Members::Workloads(s), at: node.at(self.file) })
@@ -777,7 +781,7 @@ impl<'r> Reader<'r> {
         };
         let (mut default_ingress_allow, mut default_egress_allow) = (false, true);
         if let Some(node) = fields.get("default")
-            && let Some(default) = self.fields(node, "default", &["ingress", "egress"])
+            && let Some(default) = self.fields(node, &schema::DEFAULTS)
         {
             default_ingress_allow =
                 self.word_or(&default, "ingress", &DENY_ALLOW, default_ingress_allow).unwrap_or_default();
@@ -807,7 +811,7 @@ impl<'r> Reader<'r> {
     fn on_revoke(&mut self, node: &Node) -> Option<OnRevoke> {
         const EXPECTED: &str = "cut, keep or {drain: 10m}";
         if let Value::Map(_) = node.value {
-            let fields = self.fields(node, "onRevoke", &["drain"])?;
+            let fields = self.fields(node, &schema::ON_REVOKE)?;
             let drain = self.required(&fields, "drain")?;
             let text = self.text(drain, "drain", "a duration such as 10m")?;
             return self.duration(drain, text, &text.text);
@@ -846,7 +850,7 @@ impl<'r> Reader<'r> {
     }
 
     fn policy(&mut self, spec: &Node, meta: Metadata) -> Option<PolicyDoc> {
-        let fields = self.fields(spec, "the spec of a Policy", &["tier", "priority", "mode", "rules"])?;
+        let fields = self.fields(spec, &schema::POLICY)?;
         let tier = self.word_or(&fields, "tier", &TIERS, Tier::Application).unwrap_or(Tier::Application);
         let priority =
             fields.get("priority").map_or(Some(DEFAULT_PRIORITY), |n| self.priority(n)).unwrap_or(DEFAULT_PRIORITY);
@@ -895,8 +899,7 @@ impl<'r> Reader<'r> {
 
     /// The name, even where the rest is wrong, for the search of duplicates.
     fn rule(&mut self, node: &Node, index: u32) -> Option<(String, Option<RuleDoc>)> {
-        let known = ["name", "from", "to", "ports", "action", "require", "expires", "schedule", "log"];
-        let fields = self.fields(node, "a rule", &known)?;
+        let fields = self.fields(node, &schema::RULES)?;
         let name = fields
             .get("name")
             .map_or_else(|| Some(format!("rule-{}", index.saturating_add(1))), |n| self.name(n, "rule name"))?;
@@ -940,7 +943,7 @@ impl<'r> Reader<'r> {
     }
 
     fn require(&mut self, node: &Node, action: Option<RuleAction>) -> Option<Evidence> {
-        let fields = self.fields(node, "require", &["identity", "posture"])?;
+        let fields = self.fields(node, &schema::REQUIRE)?;
         if let Some(posture) = fields.get("posture") {
             let _ = self.say(
                 posture,
@@ -1025,7 +1028,7 @@ impl<'r> Reader<'r> {
                 _ => PeerDoc::Named(self.name(node, "segment name")?),
             }),
             Value::Map(_) => {
-                let fields = self.fields(node, "a peer", &["select", "addresses"])?;
+                let fields = self.fields(node, &schema::PEER)?;
                 match (fields.get("select"), fields.get("addresses")) {
                     (Some(n), None) => self.selector(n).map(PeerDoc::Select),
                     (None, Some(n)) => self.addresses(n).map(PeerDoc::Addresses),
@@ -1050,7 +1053,7 @@ impl<'r> Reader<'r> {
     }
 
     fn test(&mut self, spec: &Node, meta: Metadata) -> Option<TestDoc> {
-        let fields = self.fields(spec, "the spec of a Test", &["cases"])?;
+        let fields = self.fields(spec, &schema::TEST)?;
         let cases = self.required(&fields, "cases")?;
         let items = self.list(cases, "cases", "a list of cases")?;
         let cases = items.iter().filter_map(|item| self.case(item)).collect();
@@ -1058,7 +1061,7 @@ impl<'r> Reader<'r> {
     }
 
     fn case(&mut self, node: &Node) -> Option<CaseDoc> {
-        let fields = self.fields(node, "a case", &["from", "to", "port", "expect", "by"])?;
+        let fields = self.fields(node, &schema::CASE)?;
         let from = self.required(&fields, "from").and_then(|n| self.case_end(n, "from"));
         let to = self.required(&fields, "to").and_then(|n| self.case_end(n, "to"));
         let port = self.required(&fields, "port").and_then(|n| self.one_port(n));

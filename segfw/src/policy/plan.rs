@@ -115,14 +115,24 @@ impl Named {
     fn new(tables: &Tables) -> Self {
         let ports = port_names(tables);
         let entries = tables.rules.iter().map(|(key, entry)| (named_key(tables, &ports, key), answer(tables, entry)));
-        let locals = tables.locals.iter().map(|(id, local)| {
+        // One that is open is not enforced: for a reader it is not there.
+        let enforced = tables
+            .locals
+            .iter()
+            .filter(|(id, l)| l.flags & segfw_common::LocalEntry::OPEN == 0 && **id != Identity::UNRESOLVED);
+        let locals = enforced.map(|(id, local)| {
             let [ingress, egress] = local.default.map(|a| Action::from_raw(a).as_str());
             // The bits above the mode only say which kinds of keys occur.
-            let mode = if local.flags & segfw_common::LocalEntry::MONITOR != 0 { "monitor" } else { "enforce" };
-            let text = format!(
-                "{mode}, ingress {ingress}, egress {egress}, grants {:#x}, drain {}",
-                local.grants, local.drain_ns
-            );
+            let mut text = format!("ingress {ingress}, egress {egress}");
+            if local.flags & segfw_common::LocalEntry::MONITOR != 0 {
+                text.push_str(", monitored only");
+            }
+            if local.grants != 0 {
+                text.push_str(&format!(", grants {:#x}", local.grants));
+            }
+            if local.drain_ns != 0 {
+                text.push_str(&format!(", on revoke {} s of drain", local.drain_ns / 1_000_000_000));
+            }
             (identity_name(tables, *id), text)
         });
         Self { entries: entries.collect(), locals: locals.collect() }
