@@ -4,16 +4,18 @@
 //! owns the state ([`Core`]); the drain of events and the control socket run beside it.
 
 mod backend;
+pub mod early;
 pub mod export;
 mod folder;
 mod kernel;
 pub mod live;
+mod notify;
 pub mod registry;
 mod revise;
 pub mod revision;
 mod survey;
 
-use crate::config::Config;
+use crate::config::{Absent, Config};
 use crate::control::report::{self, Finding, Refused, Revision};
 use crate::control::{Listener, serve};
 use crate::datapath::{Datapath, attach, sys};
@@ -150,6 +152,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
     let mut denials = tokio::time::interval(DENIALS);
     denials.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut survey_at = tokio::time::Instant::now() + SURVEY;
+    let mut notifier = notify::Notifier::new();
     tokio::pin!(shutdown);
     tokio::pin!(drain);
     let ended = loop {
@@ -170,9 +173,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
                 None => break Err(anyhow::anyhow!("the watch of the cgroup tree ended")),
             },
             _ = hangup.recv() => {
-                let agent = Arc::clone(&agent);
-                let _ = on_thread(move || agent.core().reload()).await;
+                notifier.reloading();
+                let core = Arc::clone(&agent);
+                let _ = on_thread(move || core.core().reload()).await;
+                notifier.tell(&agent);
             }
+            () = notifier.due() => notifier.tell(&agent),
             _ = look.tick() => {
                 if folder.changed() {
                     let agent = Arc::clone(&agent);
@@ -191,6 +197,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
             }
         }
     };
+    notifier.stopping();
     drain.abort();
     let _ = stop.send(true);
     let _ = door.await;

@@ -94,10 +94,11 @@ impl Core {
         Ok(report)
     }
 
-    fn status(&self, counters: CounterReport) -> Result<StatusReport, Failure> {
+    /// Every hook that is needed, as the kernel has it now.
+    pub(super) fn hooks(&self) -> Result<Vec<HookReport>, Failure> {
         let links = self.datapath.links().map_err(system)?;
         let egress = self.in_force.as_ref().is_some_and(|f| super::needs_egress(&f.tables));
-        let hooks: Vec<HookReport> = links
+        Ok(links
             .iter()
             .filter(|l| l.name != EGRESS.program || egress || l.link.is_some())
             .map(|l| HookReport {
@@ -107,7 +108,11 @@ impl Core {
                 program: l.link.map(|i| i.program),
                 instructions: Some(l.instructions),
             })
-            .collect();
+            .collect())
+    }
+
+    /// The one word for the whole agent, and why.
+    pub(super) fn state(&self, hooks: &[HookReport]) -> State {
         let mut reasons: Vec<_> = self.troubles.values().cloned().collect();
         let missing: Vec<&str> = hooks.iter().filter(|h| !h.attached).map(|h| h.name.as_str()).collect();
         if self.in_force.is_some() && !missing.is_empty() {
@@ -124,7 +129,7 @@ impl Core {
                 "segfw policy check shows every problem",
             ));
         }
-        let state = if self.in_force.is_none() && !self.attached {
+        if self.in_force.is_none() && !self.attached {
             let why = self.refused.as_ref().map_or("no policy was ever loaded", |r| r.why.as_str()).to_owned();
             State::Open { why }
         } else if self.config.monitor {
@@ -133,7 +138,12 @@ impl Core {
             State::Enforcing
         } else {
             State::Degraded { reasons }
-        };
+        }
+    }
+
+    fn status(&self, counters: CounterReport) -> Result<StatusReport, Failure> {
+        let hooks = self.hooks()?;
+        let state = self.state(&hooks);
         let tables = self.in_force.as_ref().map(|f| &f.tables);
         let size = |n: Option<usize>| n.unwrap_or(0) as u64;
         let map = |name: &str, entries: u64, max: u32| MapReport { name: name.to_owned(), entries, max: max.into() };
