@@ -20,12 +20,14 @@ const NEXT: &str = "9.9.9";
 const SOON: Duration = Duration::from_secs(20);
 const DB: u16 = 5432;
 
-/// `client` may talk to `db`; nobody else may. `soon` starts before segfw does, `mine` is a unit of a user.
+/// `client` may talk to `db`; nobody else may. `soon` starts before segfw does, `mine` is a unit of a user, `started` is
+/// opened by systemd and started by the first who connects.
 const POLICY: &str = "\
 apiVersion: segfw.dev/v1
 kind: Workload
 metadata: {name: db}
-spec: {match: [{systemdUnit: db.service}, {systemdUnit: soon.service}, {systemdUnit: mine.service}], labels: {app: db}}
+spec: {match: [{systemdUnit: db.service}, {systemdUnit: soon.service}, {systemdUnit: mine.service},
+  {systemdUnit: started.socket}, {systemdUnit: started.service}], labels: {app: db}}
 ---
 apiVersion: segfw.dev/v1
 kind: Workload
@@ -57,6 +59,13 @@ def serve(c):
         c.sendall(d)
 while True:
     threading.Thread(target=serve, args=(s.accept()[0],), daemon=True).start()
+";
+/// Echoes on the socket that systemd opened.
+const STARTED: &str = "\
+import socket
+s = socket.socket(fileno=3)
+while True:
+    c = s.accept()[0]; c.sendall(c.recv(64)); c.close()
 ";
 /// One question: prints OK, or ERR and why.
 const ASK: &str = "\
@@ -132,7 +141,7 @@ fn machine() -> Result<Result<Machine, String>> {
     let mut machine = Machine::new(&tarball)?;
     let _ = fs::copy(first, machine.path("root/first.deb"))?;
     let _ = fs::copy(next, machine.path("root/next.deb"))?;
-    for (name, text) in [("server", SERVER), ("ask", ASK), ("live", LIVE), ("denied", DENIED)] {
+    for (name, text) in [("server", SERVER), ("started", STARTED), ("ask", ASK), ("live", LIVE), ("denied", DENIED)] {
         machine.write(&format!("usr/local/lib/{name}.py"), text)?;
     }
     for (name, script, port) in [("db", "server", DB), ("live", "live", DB), ("denied", "denied", DB)] {
@@ -293,6 +302,15 @@ fn units() -> Result<()> {
     let exposure = machine.sh("systemd-analyze security --no-pager segfw.service | tail -n 1")?;
     let figure: f64 = exposure.split_whitespace().find_map(|w| w.parse().ok()).context(exposure.clone())?;
     ensure!(figure <= 4.0, "{exposure}");
+
+    // A socket that systemd opens, in the cgroup of the .socket unit.
+    machine.write("etc/systemd/system/started.socket", "[Socket]\nListenStream=127.0.0.1:7003\n")?;
+    let service = "[Service]\nExecStart=/usr/bin/python3 /usr/local/lib/started.py\n";
+    machine.write("etc/systemd/system/started.service", service)?;
+    let _ = machine.sh("systemctl daemon-reload && systemctl start started.socket")?;
+    wait("the socket answers", || Ok(machine.ask("client", 7003)? == "OK"))?;
+    let other = machine.ask("other", 7003)?;
+    ensure!(other.starts_with("ERR"), "a socket of systemd's is not enforced: {other}");
 
     // A unit of a user.
     let _ = machine.sh("systemctl start user@0.service && systemd-run --user --quiet --unit=mine python3 /usr/local/lib/server.py 7001")?;

@@ -273,7 +273,7 @@ const GOLDEN: [&str; 3] = [
 ];
 
 /// What the hooks of this version do not see (threats-and-faults, O1 and O15).
-const UNCOVERED: [(&str, &str); 9] = [
+const UNCOVERED: [(&str, &str); 10] = [
     (
         "workloads that start at a path nobody has named, while no agent runs",
         "paths that ran here before, and those that a document names without a wildcard, are known to the kernel; others \
@@ -289,6 +289,10 @@ const UNCOVERED: [(&str, &str); 9] = [
         "a process with CAP_NET_RAW can send any frame, unjudged; a peer with segfw still judges it on arrival",
     ),
     ("vsock (AF_VSOCK)", "a guest and its host can talk, unjudged"),
+    (
+        "socket activation",
+        "a listener belongs to its .socket unit: name that beside the .service; one that was open before the policy named it counts as host until the .socket unit is restarted",
+    ),
     ("unix sockets", "a process can ask another one to connect for it; the other one's own policy applies"),
     (
         "inbound ICMP echo",
