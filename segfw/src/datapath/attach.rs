@@ -118,14 +118,8 @@ impl Datapath {
         }
         let index = nix::net::if_::if_nametoindex(interface)
             .map_err(|e| Error::sys(format!("interface {interface}"), std::io::Error::from(e)))?;
-        let link = sys::link_create(self.program("outer_wall")?, index, BPF_XDP, XDP_FLAGS_DRV_MODE).map_err(|e| {
-            Error::sys(
-                format!(
-                    "attach XDP to {interface} (native mode; the sockets enforce without it, remove --xdp to go on)"
-                ),
-                e,
-            )
-        })?;
+        let link = sys::link_create(self.program("outer_wall")?, index, BPF_XDP, XDP_FLAGS_DRV_MODE)
+            .map_err(|e| Error::sys(format!("attach XDP to {interface} (native mode)"), e))?;
         sys::pin(link.as_fd(), &pin).map_err(|e| Error::sys(format!("pin the XDP link of {interface}"), e))?;
         Ok(Outcome::Attached)
     }
