@@ -265,6 +265,16 @@ pub fn decide<T: Lookup>(t: &T, flow: &Flow, peer: &Peer) -> Decision {
     if golden(flow, peer) {
         return Decision::plain(Verdict::Allowed, Reason::GoldenRule);
     }
+    let host = t.host_flags();
+    let gone_after = host >> control::GONE_SHIFT;
+    if gone_after != 0 && t.now() >> control::GONE_UNIT >= gone_after {
+        let verdict = if host & (control::HOST_GONE_OPEN | control::HOST_MONITOR) != 0 {
+            Verdict::Allowed
+        } else {
+            Verdict::Denied
+        };
+        return Decision::plain(verdict, Reason::AgentGone);
+    }
     let mut entry = match find(t, &local, identity, flow, peer) {
         Some(entry) => entry,
         None => RuleEntry {
@@ -294,7 +304,7 @@ pub fn decide<T: Lookup>(t: &T, flow: &Flow, peer: &Peer) -> Decision {
         action = Action::Deny;
         reason = Reason::NotAuthenticated as u8;
     }
-    let monitor = local.flags & LocalEntry::MONITOR != 0 || t.host_flags() & control::HOST_MONITOR != 0;
+    let monitor = local.flags & LocalEntry::MONITOR != 0 || host & control::HOST_MONITOR != 0;
     let refused = action as u8 != Action::Allow as u8;
     let shadow_refused = entry.pending > Action::Allow as u8;
     let verdict = if refused && !monitor {

@@ -68,11 +68,13 @@ pub enum Reason {
     NoPolicy = 13,
     /// The kernel had no memory for the state of this socket.
     NoMemory = 14,
+    /// No agent has been heard of for too long, and `absence.agentGone` (or, after a boot, `beforeFirstRevision`) says so.
+    AgentGone = 15,
 }
 
 impl Reason {
     /// Every reason, in the order of their numbers.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::NoSegment,
         Self::Rule,
         Self::SegmentDefault,
@@ -88,6 +90,7 @@ impl Reason {
         Self::Revoked,
         Self::NoPolicy,
         Self::NoMemory,
+        Self::AgentGone,
     ];
 
     /// The word users see.
@@ -108,6 +111,7 @@ impl Reason {
             Self::Revoked => "revoked",
             Self::NoPolicy => "no-policy",
             Self::NoMemory => "no-memory",
+            Self::AgentGone => "agent-gone",
         }
     }
 

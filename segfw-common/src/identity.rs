@@ -14,6 +14,9 @@ impl Identity {
     pub const WORLD: Self = Self(2);
     /// Sockets the kernel made for itself.
     pub const KERNEL: Self = Self(3);
+    /// Sockets with which the agent finds out whether the hooks still refuse: every policy denies it everything, and what
+    /// it does is neither counted nor reported.
+    pub const CANARY: Self = Self(4);
     /// In a rule key: every identity that has no entry of its own. Never the identity of anybody.
     pub const ANY: Self = Self(255);
     /// The first number that stands for a set of labels or for an address range.

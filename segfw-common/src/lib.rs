@@ -28,7 +28,7 @@ pub use state::{
 
 /// Number of this layout. It is part of the pin path: an agent never opens maps of another layout.
 /// Raise it with every change to a type in this crate that a map holds.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Bounds of the kernel side. Reaching one is counted (see [`event::Counter`]) and has the behaviour named here.
 pub mod bounds {
@@ -43,9 +43,9 @@ pub mod bounds {
     /// Cgroups that are registered (workloads, their descendants, managed parents). Full: the workload is not
     /// enforced under its own name but as its nearest registered ancestor, and the agent reports it.
     pub const CGROUPS: u32 = 1 << 16;
-    /// Paths of workloads that are known before they start. Full: the workload counts as host until the agent sees it, and
-    /// the agent reports it.
-    pub const PATHS: u32 = 1 << 13;
+    /// Paths, and beginnings of paths, of cgroups that are known before they are made. Full: such a cgroup counts as its
+    /// nearest registered ancestor until the agent sees it, and the agent reports it.
+    pub const PATHS: u32 = 1 << 14;
     /// Cgroup levels walked to find the nearest registered ancestor.
     pub const CGROUP_DEPTH: u32 = 16;
     /// Local TCP connections whose origin is known. LRU: the oldest is forgotten, its SYN is long gone.
@@ -86,4 +86,16 @@ pub mod control {
 
     /// Host scope monitor mode: judge everything, drop nothing.
     pub const HOST_MONITOR: u64 = 1;
+    /// What becomes of new flows of enforced workloads when the agent is gone: they pass. Without this bit: refused.
+    pub const HOST_GONE_OPEN: u64 = 2;
+    /// From this bit on the word says when the agent counts as gone: boot nanoseconds in units of `2^GONE_UNIT`
+    /// (about a millisecond), rounded up; 0 = never (`lastKnownGood`). One word, so nobody reads half of it.
+    pub const GONE_SHIFT: u32 = 8;
+    /// See [`GONE_SHIFT`].
+    pub const GONE_UNIT: u32 = 20;
+
+    /// The part of the word that says when the agent counts as gone.
+    pub const fn gone_after(boot_ns: u64) -> u64 {
+        ((boot_ns >> GONE_UNIT) + 1) << GONE_SHIFT
+    }
 }

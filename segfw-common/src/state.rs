@@ -19,31 +19,48 @@ pub struct CgroupEntry {
 impl CgroupEntry {
     /// Cgroups below this one that are not registered are unresolved, not this identity.
     pub const MANAGED: u32 = 1;
+    /// In the table of paths: a cgroup made there belongs to what is above it, and is not registered.
+    pub const INHERIT: u32 = 2;
 }
 
-/// Key of the table of workload paths: a path from the root of the cgroup v2 hierarchy, zero-filled.
+/// Key of the table of paths (a longest-prefix trie): a path from the root of the cgroup v2 hierarchy, or the beginning of
+/// paths, zero-filled. A whole path includes its final zero, so it wins over every beginning.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct PathKey {
+    /// Bits of `bytes` that count.
+    pub bits: u32,
     /// Ends with at least one zero.
     pub bytes: [u8; Self::LEN],
 }
 
 impl PathKey {
     /// Room for a path and its final zero: a quarter of a BPF stack. Units fit; containers have longer paths, which are
-    /// new with each start and so cannot be known before anyway.
+    /// new with each start and so are known by their beginnings only.
     pub const LEN: usize = 128;
 
-    /// `None` = the path is too long (126 bytes are not: one more than fits would look like a cut-off one).
+    /// This very path. `None` = too long (126 bytes are not: one more than fits would look like a cut-off one).
     pub fn new(path: &[u8]) -> Option<Self> {
-        let mut bytes = [0; Self::LEN];
         if path.len() > Self::LEN - 2 {
             return None;
         }
-        for (to, from) in bytes.iter_mut().zip(path) {
+        Some(Self::of(path, path.len() + 1))
+    }
+
+    /// Every path that begins so, without an own entry or a longer beginning. `None` = too long.
+    pub fn beginning(text: &[u8]) -> Option<Self> {
+        if text.len() > Self::LEN - 2 {
+            return None;
+        }
+        Some(Self::of(text, text.len()))
+    }
+
+    fn of(text: &[u8], count: usize) -> Self {
+        let mut bytes = [0; Self::LEN];
+        for (to, from) in bytes.iter_mut().zip(text) {
             *to = *from;
         }
-        Some(Self { bytes })
+        Self { bits: 8 * count as u32, bytes }
     }
 }
 
@@ -223,6 +240,7 @@ impl SocketState {
 }
 
 const _: () = assert!(size_of::<CgroupEntry>() == 16);
+const _: () = assert!(size_of::<PathKey>() == 132);
 const _: () = assert!(size_of::<AddressEntry>() == 16);
 const _: () = assert!(size_of::<EndpointKey>() == 32);
 const _: () = assert!(size_of::<EndpointEntry>() == 16);

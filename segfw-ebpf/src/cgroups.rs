@@ -1,9 +1,11 @@
 //! A workload is known from its first socket on, whether an agent runs or not: a cgroup whose path the agent has named
-//! gets its identity in the moment it is made, before any process can be in it.
+//! gets its identity in the moment it is made, before any process can be in it. One below a beginning that the agent has
+//! named (where containers are made, where a pattern applies) is unresolved until the agent has seen it.
 
 use crate::maps::register_cgroup;
 use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel_str;
+use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TracePointContext;
 use segfw_common::state::PathKey;
 
@@ -26,14 +28,14 @@ pub fn made(ctx: &TracePointContext) {
     if root != 0 {
         return;
     }
-    let mut key = PathKey { bytes: [0; PathKey::LEN] };
+    let mut path = [0; PathKey::LEN];
     // SAFETY: `__data_loc`: the low half is the offset of the string in the event. The helper writes at most LEN bytes,
-    // the last of them zero: a path that is too long matches nothing, since the agent registers only shorter ones.
+    // the last of them zero: a path that is too long matches no whole path, since the agent registers only shorter ones.
     let length = unsafe {
         let text = ctx.as_ptr().cast::<u8>().add((location & 0xffff) as usize);
-        bpf_probe_read_kernel_str(key.bytes.as_mut_ptr().cast(), PathKey::LEN as u32, text.cast())
+        bpf_probe_read_kernel_str(path.as_mut_ptr().cast(), PathKey::LEN as u32, text.cast())
     };
     if length > 1 {
-        register_cgroup(&key, id);
+        register_cgroup(&Key::new(8 * PathKey::LEN as u32, path), id);
     }
 }

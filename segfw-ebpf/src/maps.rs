@@ -43,9 +43,10 @@ static PREFIXES: ArrayOfMaps<LpmTrie<Addr, u32, 1, { RDONLY_PROG | NO_PREALLOC }
 static CONTROL: Array<u64, { control::LEN as usize }, RDONLY_PROG> = Array::new();
 #[btf_map]
 static CGROUPS: HashMap<u64, CgroupEntry, { bounds::CGROUPS as usize }, NO_PREALLOC> = HashMap::new();
-/// What a cgroup of this path will be, should it be made.
+/// What a cgroup of this path, or of a path that begins so, will be, should it be made.
 #[btf_map]
-static PATHS: HashMap<PathKey, CgroupEntry, { bounds::PATHS as usize }, { RDONLY_PROG | NO_PREALLOC }> = HashMap::new();
+static PATHS: LpmTrie<[u8; PathKey::LEN], CgroupEntry, { bounds::PATHS as usize }, { RDONLY_PROG | NO_PREALLOC }> =
+    LpmTrie::new();
 #[btf_map]
 static ADDRESSES: HashMap<Addr, AddressEntry, { bounds::ADDRESSES as usize }, { RDONLY_PROG | NO_PREALLOC }> =
     HashMap::new();
@@ -215,11 +216,14 @@ pub fn cgroup(id: u64) -> Option<CgroupEntry> {
 
 /// Registers a new cgroup as what the agent said a cgroup of this path would be.
 #[inline(always)]
-pub fn register_cgroup(path: &PathKey, id: u64) {
-    // SAFETY: copied at once; entries are freed after a grace period (NO_PREALLOC).
-    if let Some(entry) = unsafe { PATHS.get(path).copied() } {
-        // The low half of a cgroup id is its inode number: unique among those that live.
-        let entry = CgroupEntry { workload: id as u32, ..entry };
+pub fn register_cgroup(path: &Key<[u8; PathKey::LEN]>, id: u64) {
+    if let Some(entry) = PATHS.get(path).copied() {
+        // The low half of a cgroup id is its inode number: unique among those that live. What is no workload has no number.
+        if entry.flags & CgroupEntry::INHERIT != 0 {
+            return;
+        }
+        let workload = if entry.identity < Identity::FIRST_DYNAMIC { 0 } else { id as u32 };
+        let entry = CgroupEntry { workload, ..entry };
         let _ = CGROUPS.insert(&id, &entry, 0);
     }
 }

@@ -7,6 +7,7 @@ mod backend;
 pub mod early;
 pub mod export;
 mod folder;
+mod guard;
 mod kernel;
 pub mod live;
 mod notify;
@@ -18,10 +19,12 @@ mod survey;
 use crate::config::{Absent, Config};
 use crate::control::report::{self, Finding, Refused, Revision};
 use crate::control::{Listener, serve};
+use crate::datapath::guard::Canary;
 use crate::datapath::{Datapath, attach, sys};
 use crate::flow::record::{CgroupWords, Names};
 use crate::flow::{History, Intake, Item, enrich, history};
 use crate::host::cgroup::{Change, Hierarchy, Watcher};
+use crate::host::runtime::{Listing, Runtimes};
 use crate::host::{netns, proc};
 use crate::policy::host_policy::Labels;
 use crate::policy::tables::{IdentityName, Numbers};
@@ -37,7 +40,7 @@ use revision::{Candidate, Files, Saved, Store};
 use segfw_common::event::{DenialCount, DenialKey, Hook};
 use segfw_common::state::PathKey;
 use segfw_common::{Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, EventKind, FlowEvent, control};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -47,9 +50,16 @@ use tokio::sync::mpsc;
 /// How often the policy folder is looked at. A change counts once it has been still for one look.
 const FOLDER_LOOK: Duration = Duration::from_millis(200);
 /// How often addresses, endpoints and live connections are compared with the kernel when nothing seems to happen.
-const SURVEY: Duration = Duration::from_secs(15);
+const SURVEY: Duration = Duration::from_secs(8);
 /// After a change of the cgroup tree namespaces and addresses follow shortly; they are looked at again so long after.
 const SURVEY_SOON: Duration = Duration::from_millis(300);
+/// How often the kernel is asked whether all is as we left it; less often where that takes more than a hundredth of the
+/// time, but [`GUARD_LATEST`] at the latest.
+const GUARD: Duration = Duration::from_secs(2);
+/// See [`GUARD`].
+const GUARD_LATEST: Duration = Duration::from_secs(8);
+/// While a cgroup waits to be told by a runtime: how soon it is asked again, twice as long each time, up to [`SURVEY`].
+const RUNTIMES_AGAIN: Duration = Duration::from_millis(25);
 /// How often aggregated denials are fetched.
 const DENIALS: Duration = Duration::from_secs(1);
 /// An entry that nothing was added to for so long makes room; much sooner where half of all room is taken.
@@ -64,6 +74,8 @@ struct InForce {
     files: Files,
     policy: HostPolicy,
     tables: Tables,
+    /// Numbers of the kernel's maps that hold the tables.
+    maps: Vec<u32>,
 }
 
 /// Everything the agent knows. One owner at a time, never across an await.
@@ -92,6 +104,17 @@ pub struct Core {
     attached: bool,
     /// Aggregated denials that the history has, by key.
     told: BTreeMap<DenialKey, u64>,
+    /// Flags of the host as we wrote them.
+    flags: u64,
+    /// After a boot with `absence.beforeFirstRevision: closed`, until the folder's revision is in force.
+    closed_until_first: bool,
+    /// What was found changed in the kernel; the newest last.
+    repairs: VecDeque<report::Repair>,
+    /// All that ever were.
+    repaired: u64,
+    canary: Option<Canary>,
+    /// Containers and labels that a runtime told of and that were above a limit.
+    containers_left_out: u64,
     /// Boot time before which every answer that changes by itself was looked at.
     looked: u64,
 }
@@ -111,6 +134,11 @@ impl Agent {
 
 /// Runs until `shutdown`. Enforcement stays.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let missing = crate::host::doctor::required();
+    if !missing.is_empty() {
+        let all = missing.iter().map(|c| format!("{}: {} ({}; {})", c.name, c.what, c.consequence, c.remedy));
+        anyhow::bail!("this host cannot be enforced:\n  {}", all.collect::<Vec<_>>().join("\n  "));
+    }
     match proc::ensure_bpffs().context("no BPF file system at /sys/fs/bpf, and none can be mounted")? {
         proc::Bpffs::MountedNow => tracing::warn!("mounted a BPF file system at /sys/fs/bpf"),
         proc::Bpffs::Mounted => {}
@@ -153,6 +181,19 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
     denials.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut survey_at = tokio::time::Instant::now() + SURVEY;
     let mut notifier = notify::Notifier::new();
+    let mut runtimes = Runtimes::new(&agent.core().config.runtimes);
+    let (ask, mut asked) = mpsc::channel::<u64>(1);
+    let (told, mut listings) = mpsc::channel(1);
+    let inventory = tokio::spawn(async move {
+        while let Some(batch) = asked.recv().await {
+            if told.send((batch, runtimes.list().await)).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut ask_at = tokio::time::Instant::now();
+    let mut ask_pause = RUNTIMES_AGAIN;
+    let mut guard_at = tokio::time::Instant::now() + GUARD;
     tokio::pin!(shutdown);
     tokio::pin!(drain);
     let ended = loop {
@@ -167,7 +208,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
             changes = watcher.next() => match changes {
                 Some(changes) => {
                     let agent = Arc::clone(&agent);
-                    on_thread(move || agent.core().tree(&changes)).await;
+                    if on_thread(move || agent.core().tree(&changes)).await == Some(true) {
+                        ask_at = tokio::time::Instant::now();
+                        ask_pause = RUNTIMES_AGAIN;
+                    }
                     survey_at = survey_at.min(tokio::time::Instant::now() + SURVEY_SOON);
                 }
                 None => break Err(anyhow::anyhow!("the watch of the cgroup tree ended")),
@@ -185,7 +229,36 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
                     let _ = on_thread(move || agent.core().reload()).await;
                 }
             }
-            _ = denials.tick() => agent.core().fetch_denials(),
+            _ = denials.tick() => {
+                let mut core = agent.core();
+                core.fetch_denials();
+                // A policy that asks for containers for the first time does not wait for the next look.
+                if core.registry.never_listed() {
+                    ask_at = tokio::time::Instant::now();
+                }
+            }
+            () = tokio::time::sleep_until(ask_at) => {
+                let (wanted, batch) = { let core = agent.core(); (core.registry.wants_containers(), core.registry.batch()) };
+                // One question at a time; while the answer is out the next one waits.
+                if wanted {
+                    let _ = ask.try_send(batch);
+                }
+                ask_at = tokio::time::Instant::now() + SURVEY;
+            }
+            Some((batch, listing)) = listings.recv() => {
+                let agent = Arc::clone(&agent);
+                let now = tokio::time::Instant::now();
+                if on_thread(move || agent.core().containers(batch, listing)).await == Some(true) {
+                    ask_at = ask_at.min(now + ask_pause);
+                    ask_pause = (ask_pause * 2).min(SURVEY);
+                }
+            }
+            () = tokio::time::sleep_until(guard_at) => {
+                let agent = Arc::clone(&agent);
+                let begun = tokio::time::Instant::now();
+                on_thread(move || agent.core().guard()).await;
+                guard_at = begun + (begun.elapsed() * 100).clamp(GUARD, GUARD_LATEST);
+            }
             () = tokio::time::sleep_until(survey_at) => {
                 let agent = Arc::clone(&agent);
                 on_thread(move || agent.core().survey()).await;
@@ -199,6 +272,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
     };
     notifier.stopping();
     drain.abort();
+    inventory.abort();
     let _ = stop.send(true);
     let _ = door.await;
     drop(answerer);

@@ -75,17 +75,39 @@ impl Absent {
 }
 
 /// The declared behaviours (architecture, section 6).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct AbsenceConfig {
     /// After a boot, until a revision of the policy folder is in force.
     pub before_first_revision: Absent,
-    /// No agent has run for [`AGENT_GONE`].
+    /// No agent has been heard of for `agent_gone_after_seconds`.
     pub agent_gone: Absent,
+    /// An agent that has not been heard of for so long counts as gone. 4 to 86,400.
+    #[serde(deserialize_with = "gone_after")]
+    pub agent_gone_after_seconds: u32,
 }
 
-/// An agent that has not been heard of for so long counts as gone: several restarts and an upgrade fit into it.
-pub const AGENT_GONE: std::time::Duration = std::time::Duration::from_secs(60);
+/// Several restarts and an upgrade fit into it.
+pub const AGENT_GONE_AFTER_SECONDS: u32 = 60;
+
+impl Default for AbsenceConfig {
+    fn default() -> Self {
+        Self {
+            before_first_revision: Absent::default(),
+            agent_gone: Absent::default(),
+            agent_gone_after_seconds: AGENT_GONE_AFTER_SECONDS,
+        }
+    }
+}
+
+/// The agent says four times in that span that it lives, and that is looked at each second.
+fn gone_after<'de, D: serde::Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
+    let seconds = u32::deserialize(from)?;
+    match seconds {
+        4..=86_400 => Ok(seconds),
+        _ => Err(serde::de::Error::custom(format!("{seconds} is not from 4 to 86400 (seconds)"))),
+    }
+}
 
 /// Flow records on disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -211,6 +233,12 @@ pub enum ConfigError {
     /// The settings file.
     #[error("{0}: {1}")]
     Settings(String, String),
+    /// The old hierarchies only: containers share one cgroup of the new one there.
+    #[error(
+        "cgroup v1 only: no cgroup2 file system is mounted; boot with systemd.unified_cgroup_hierarchy=1, or mount one \
+         (mount -t cgroup2 none /sys/fs/cgroup/unified)"
+    )]
+    V1Only,
     /// No hierarchy.
     #[error(
         "no cgroup2 file system is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup) or name it with --cgroup-root"
@@ -243,7 +271,8 @@ pub fn cgroup2_root(mountinfo: &str) -> Result<PathBuf, ConfigError> {
         let (root, point) = (fields.next()?, fields.next()?);
         (root == "/" && after.split(' ').next() == Some("cgroup2")).then(|| PathBuf::from(unescape(point)))
     };
-    mountinfo.lines().find_map(mount).ok_or(ConfigError::NoCgroup2)
+    let v1 = || mountinfo.lines().any(|line| line.contains(" - cgroup "));
+    mountinfo.lines().find_map(mount).ok_or_else(|| if v1() { ConfigError::V1Only } else { ConfigError::NoCgroup2 })
 }
 
 /// Space, tab, newline and backslash are written as `\040` and so on.
@@ -284,6 +313,45 @@ mod tests {
             assert_eq!(labels(&[wrong]), Err(ConfigError::Label(wrong.to_owned())));
         }
         assert_eq!(labels(&["a=1", "a=2"]).unwrap_err().to_string(), "--host-label a is given twice");
+    }
+
+    /// Every key is in the packaged file, set or as a comment, and the file is read as what it says.
+    #[test]
+    fn the_packaged_settings() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/etc/agent.yaml");
+        let settings = Settings::read(&path).unwrap();
+        assert_eq!(settings.policy.as_deref(), Some(Path::new(DEFAULT_POLICY)));
+        assert_eq!(settings.flows.spool, Some(SpoolConfig::default()));
+        assert!(settings.metrics.listen.is_some_and(|at| at.ip().is_loopback()));
+        assert_eq!(
+            Settings {
+                policy: None,
+                flows: FlowSettings::default(),
+                metrics: MetricsSettings::default(),
+                ..settings.clone()
+            },
+            Settings::default()
+        );
+        let text = std::fs::read_to_string(&path).unwrap();
+        fn keys(value: &serde_json::Value, text: &str) {
+            for (key, value) in value.as_object().into_iter().flatten() {
+                assert!(text.contains(&format!("{key}:")), "{key} is missing");
+                keys(value, text);
+            }
+        }
+        keys(&serde_json::to_value(&settings).unwrap(), &text);
+        // What is a comment there is right where it is taken in.
+        let all: String = text
+            .lines()
+            .map(|line| match line.strip_prefix("# ") {
+                Some(rest) if rest.trim_start().split(' ').next().is_some_and(|w| w.ends_with(':')) => {
+                    format!("{rest}\n")
+                }
+                _ if line.starts_with('#') => String::new(),
+                _ => format!("{line}\n"),
+            })
+            .collect();
+        let _: Settings = crate::policy::yaml::settings(&all).unwrap_or_else(|e| panic!("{e}\n{all}"));
     }
 
     #[test]

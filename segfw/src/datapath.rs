@@ -7,6 +7,7 @@
 
 pub mod attach;
 pub mod generation;
+pub mod guard;
 pub mod host_maps;
 pub mod load;
 pub mod sys;

@@ -4,6 +4,7 @@
 //! The one exception is `load`, which reads a folder into memory for `document`.
 
 pub mod compile;
+pub mod container;
 pub mod document;
 pub mod explain;
 pub mod host_policy;
@@ -22,6 +23,7 @@ pub mod window;
 pub mod workload;
 pub mod yaml;
 
+pub use container::{ContainerFacts, PodFacts};
 pub use document::{Document, fuzz_yaml, parse};
 pub use host_policy::HostPolicy;
 pub use inventory::{Inventory, Known};
@@ -29,7 +31,7 @@ pub use load::read_dir_recursive;
 pub use problem::{Problem, Problems, Severity};
 pub use resolve::{HostSettings, digest, read, resolve};
 pub use tables::{Tables, TablesView};
-pub use workload::{CgroupFacts, conflicts, labels_for, managed_parents};
+pub use workload::{CgroupFacts, UnitFacts, UserFacts, conflicts, labels_for, managed_parents};
 
 #[cfg(test)]
 mod tests;

@@ -108,7 +108,8 @@ impl Stage {
     fn outlives(&mut self) -> Result<()> {
         self.agents.clear();
         for hook in HOOKS.iter().chain([&EGRESS]) {
-            let pin = Path::new(&self.pins).join("v1").join(format!("link-{}", hook.program));
+            let pin = segfw::datapath::load::layout_dir(Path::new(&self.pins), segfw_common::ABI_VERSION)
+                .join(format!("link-{}", hook.program));
             let link = sys::get(&pin)?.with_context(|| format!("{} is gone", pin.display()))?;
             let info = sys::link_info(link.as_fd())?;
             ensure!(self.links.contains(&info.id) && info.cgroup == self.cgroup_id, "{info:?}");

@@ -24,7 +24,7 @@ const LATER: [u64; 8] = [30, 25 * 60, 2 * 3600, 7 * 3600, 30 * 3600, 40 * 3600, 
 struct Seen {
     pairs: u64,
     verdicts: [u64; 3],
-    reasons: [u64; 15],
+    reasons: [u64; segfw_common::Reason::ALL.len()],
     evidence: [u64; 5],
     timed: u64,
     pending: u64,
@@ -133,7 +133,16 @@ impl Trial {
                 let _ = known.addresses.insert(flow.remote_addr, entry);
             }
         }
-        let host_flags = if rng.one_in(10) { control::HOST_MONITOR } else { 0 };
+        let mut host_flags = if rng.one_in(10) { control::HOST_MONITOR } else { 0 };
+        if rng.one_in(2) {
+            host_flags |= control::HOST_GONE_OPEN;
+        }
+        // The agent has been gone since boot, or is not yet.
+        if rng.one_in(10) {
+            host_flags |= control::gone_after(0);
+        } else if rng.one_in(4) {
+            host_flags |= control::gone_after(u64::MAX >> 8);
+        }
         Self { tables, shift, host_flags, known, flows }
     }
 }

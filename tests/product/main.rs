@@ -1,98 +1,68 @@
-//! `cargo test -p segfw-tests --test product`: what surrounds enforcement, with the real agent and the tools of others.
+//! The agent as a product: what an administrator meets. Sections are files; each test is a name and a function.
 //!
-//! Options after `--`: a word = only tests whose name has it; `--list`. A test that cannot run here ends with
-//! [`skip`], which names the reason.
+//! Options after `--`: words = only tests whose name has one of them; `--long` = the full counts of the issue.
 
 #![allow(clippy::print_stdout, reason = "the lines are the result")]
 
+mod absence;
+mod lifecycle;
 mod machine;
 mod pack;
+mod runtimes;
+mod tamper;
 
-use anyhow::{Context, Result, bail};
-use segfw_tests::{binary, world};
-use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use anyhow::{Result, bail};
+use segfw_tests::world;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
-/// A name, and what it does.
-pub(crate) type Test = (&'static str, fn() -> Result<()>);
-
-/// Why a test cannot run here. Not a failure.
-#[derive(Debug)]
-struct Skipped(String);
-
-impl fmt::Display for Skipped {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-impl std::error::Error for Skipped {}
-
-/// Ends a test that cannot run here: `return skip("no prometheus")`.
-pub(crate) fn skip(why: impl Into<String>) -> Result<()> {
-    Err(Skipped(why.into()).into())
-}
-
-/// Every module of this target.
-fn tests() -> Vec<Test> {
-    pack::tests().to_vec()
-}
+/// A test: `Err` that begins with `skip:` is a skip with its reason.
+type Test = (&'static str, fn() -> Result<()>);
 
 fn main() -> Result<ExitCode> {
-    let (mut filter, mut list) = (None, false);
+    let mut words = Vec::new();
     for arg in std::env::args().skip(1) {
         match arg.as_str() {
-            "--list" => list = true,
-            // What `cargo test` passes on to every test.
+            "--long" => lifecycle::long(),
             "--nocapture" | "--quiet" | "-q" => {}
-            text if !text.starts_with('-') => filter = Some(text.to_owned()),
+            word if !word.starts_with('-') => words.push(word.to_owned()),
             _ => bail!("unknown option {arg}"),
         }
     }
-    let mut chosen = tests();
-    chosen.retain(|(name, _)| filter.as_ref().is_none_or(|f| name.contains(f.as_str())));
-    if list {
-        chosen.iter().for_each(|(name, _)| println!("{name}"));
-        return Ok(ExitCode::SUCCESS);
-    }
+    let sections: [Vec<Test>; 5] =
+        [absence::tests(), lifecycle::tests(), pack::tests(), runtimes::tests(), tamper::tests()];
+    let chosen = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
+    let tests: Vec<Test> = sections.into_iter().flatten().filter(|(name, _)| chosen(name)).collect();
     if !nix::unistd::geteuid().is_root() {
         println!("These tests make network namespaces and cgroups and load eBPF programs: they need root.");
-        println!("0 passed, 0 failed, {} skipped", chosen.len());
+        println!("0 passed, 0 failed, {} skipped", tests.len());
         return Ok(ExitCode::SUCCESS);
     }
     world::clean_up_on_signals()?;
-    let swept = world::sweep_stale();
-    if swept > 0 {
-        println!("removed {swept} leftovers of runs that were killed");
-    }
+    let _ = world::sweep_stale();
     build()?;
-    let (mut passed, mut skipped, mut failed) = (0, 0, Vec::new());
-    for (name, test) in chosen {
-        let start = Instant::now();
-        // A panic is a failed test; what the test made goes as its values are dropped.
-        let ended = catch_unwind(AssertUnwindSafe(test)).unwrap_or_else(|_| Err(anyhow::anyhow!("panicked")));
-        let took = start.elapsed().as_secs_f64();
-        match ended {
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    for (name, test) in tests {
+        let begun = Instant::now();
+        let result = std::panic::catch_unwind(test).unwrap_or_else(|_| bail!("panicked"));
+        let took = begun.elapsed().as_secs_f32();
+        match result {
             Ok(()) => {
-                println!("ok      {name} ({took:.1} s)");
                 passed += 1;
+                println!("ok   {name} ({took:.1} s)");
             }
-            Err(e) if e.is::<Skipped>() => {
-                println!("skipped {name}: {e}");
+            Err(error) if error.to_string().starts_with("skip") => {
                 skipped += 1;
+                println!("skip {name}: {}", error.to_string().split_once(':').map_or("", |(_, why)| why.trim()));
             }
-            Err(e) => {
-                println!("FAILED  {name}: {e:#}");
-                failed.push(name);
+            Err(error) => {
+                failed += 1;
+                println!("FAIL {name} ({took:.1} s): {error:#}");
             }
         }
     }
-    for name in &failed {
-        println!("failed: {name}");
-    }
-    println!("{passed} passed, {} failed, {skipped} skipped", failed.len());
-    Ok(if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// `cargo test -p segfw-tests` alone does not build the product's binary.
@@ -103,5 +73,5 @@ fn build() -> Result<()> {
         let built = Command::new(cargo).args(["build", "--quiet", "--package", "segfw"]).status()?;
         anyhow::ensure!(built.success(), "segfw does not build");
     }
-    binary("segfw").map(drop).context("the product's binary")
+    segfw_tests::binary("segfw").map(drop)
 }

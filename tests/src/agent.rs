@@ -20,6 +20,7 @@ pub struct Agent {
     cgroup_root: PathBuf,
     own_cgroup: PathBuf,
     extra: Vec<String>,
+    binary: &'static str,
     /// What the names of the world's namespaces begin with.
     prefix: String,
 }
@@ -38,6 +39,7 @@ impl Agent {
             cgroup_root: world.managed(),
             own_cgroup: world.cgroup("agent")?,
             extra: extra.to_vec(),
+            binary: "segfw",
             prefix: world.netns(""),
         };
         fs::create_dir_all(agent.folder.join("policy"))?;
@@ -45,6 +47,21 @@ impl Agent {
         agent.write(policy)?;
         agent.launch()?;
         Ok(agent)
+    }
+
+    /// From the next start on another build.
+    pub fn use_binary(&mut self, name: &'static str) {
+        self.binary = name;
+    }
+
+    /// From the next start on other options.
+    pub fn use_options(&mut self, extra: &[String]) {
+        self.extra = extra.to_vec();
+    }
+
+    /// From the next start on in another cgroup: below the managed one, where its own hooks see it.
+    pub fn use_cgroup(&mut self, cgroup: PathBuf) {
+        self.own_cgroup = cgroup;
     }
 
     /// Starts the process; also after [`Self::kill`] or [`Self::stop`].
@@ -61,17 +78,15 @@ impl Agent {
         // `--netns=NAME` is ours: the agent runs in that namespace of the world, where its interfaces are.
         let netns = self.extra.iter().find_map(|arg| arg.strip_prefix("--netns=")).map(|name| self.namespace(name));
         let mut command = match netns {
-            None => Command::new(crate::binary("segfw")?),
+            None => Command::new(crate::binary(self.binary)?),
             Some(name) => {
                 let mut command = Command::new("nsenter");
-                command.arg(format!("--net=/run/netns/{name}")).arg(crate::binary("segfw")?);
+                command.arg(format!("--net=/run/netns/{name}")).arg(crate::binary(self.binary)?);
                 command
             }
         };
         let child = with_signals(&mut command)
             .arg("agent")
-            // Not the settings of the machine the test runs on.
-            .args(["--config", "/dev/null"])
             .arg("--socket")
             .arg(self.socket())
             .arg("--policy")
@@ -83,6 +98,8 @@ impl Agent {
             .arg("--cgroup-root")
             .arg(&self.cgroup_root)
             .args(self.extra.iter().filter(|arg| !arg.starts_with("--netns=")))
+            // Not the settings of the machine the test runs on.
+            .args(if self.extra.iter().any(|arg| arg == "--config") { &[][..] } else { &["--config", "/dev/null"][..] })
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -100,6 +117,11 @@ impl Agent {
         let child = self.child.as_ref().context("the agent does not run")?;
         let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
         nix::sys::signal::kill(pid, signal).context("signalling the agent")
+    }
+
+    /// Of the process; `None` = it does not run.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
     }
 
     /// Where it keeps what survives it.
@@ -195,7 +217,8 @@ impl Agent {
         self.folder.join("agent.sock")
     }
 
-    fn log(&self) -> PathBuf {
+    /// Where its log goes.
+    pub fn log(&self) -> PathBuf {
         self.folder.join("agent.log")
     }
 

@@ -6,6 +6,7 @@ pub mod agent;
 pub mod policy;
 pub mod proto;
 pub mod rows;
+pub mod scene;
 pub mod scratch;
 pub mod table;
 pub mod world;

@@ -1,9 +1,10 @@
 //! What the control socket is told.
 
 use super::{Agent, Core, trouble};
+use crate::config::{AbsenceConfig, Absent};
 use crate::control::report::{
-    Absence, AgentReport, CounterReport, Enforcement, Explanation, Gate, HookReport, MapReport, Question, ReloadReport,
-    State, StatusReport, Uncovered, VerdictCount, WorkloadCounts, WorkloadReport,
+    Absence, AgentReport, CounterReport, Enforcement, Explanation, Gate, HookReport, MapReport, Neighbour, Question,
+    ReloadReport, State, StatusReport, Uncovered, VerdictCount, WorkloadCounts, WorkloadReport,
 };
 use crate::control::{Backend, Failure};
 use crate::datapath::attach::EGRESS;
@@ -69,6 +70,8 @@ impl Core {
         vec![
             ("history-records".to_owned(), kept as u64),
             ("history-overwritten".to_owned(), overwritten),
+            ("repairs".to_owned(), self.repaired),
+            ("containers-left-out".to_owned(), self.containers_left_out),
             ("rejects-unanswered".to_owned(), self.shared.unanswered.load(Ordering::Relaxed)),
         ]
     }
@@ -119,7 +122,7 @@ impl Core {
             reasons.push(trouble(
                 &format!("not attached: {}", missing.join(", ")),
                 "what these hooks judge passes unjudged",
-                "restart the agent; find out who removed the pins",
+                "the agent puts them back within seconds; if not, see its log",
             ));
         }
         if let Some(refused) = &self.refused {
@@ -191,10 +194,9 @@ impl Core {
                     consequence: (*consequence).to_owned(),
                 })
                 .collect(),
-            absence: ABSENCE
-                .iter()
-                .map(|(when, behaviour)| Absence { when: (*when).to_owned(), behaviour: (*behaviour).to_owned() })
-                .collect(),
+            absence: absence(&self.config.absence),
+            repairs: self.repairs.iter().cloned().collect(),
+            neighbours: self.neighbours(),
             agent: AgentReport {
                 pid: std::process::id(),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -204,6 +206,14 @@ impl Core {
                 kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
             },
         })
+    }
+
+    /// Programs of others where ours sit.
+    fn neighbours(&self) -> Vec<Neighbour> {
+        let Ok(root) = std::fs::File::open(&self.config.cgroup_root) else { return Vec::new() };
+        let all = self.datapath.neighbours(&root).into_iter();
+        all.map(|n| Neighbour { hook: n.hook.to_owned(), program: n.program, name: n.name, after_ours: n.after_ours })
+            .collect()
     }
 
     fn segments_of(&self, labels: &Labels) -> Vec<String> {
@@ -240,7 +250,16 @@ impl Core {
                 labels_from,
             }
         };
-        self.registry.workloads().into_iter().map(report).collect()
+        let unresolved = self.registry.unresolved().map(|(path, _)| WorkloadReport {
+            name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            cgroup: path.to_string_lossy().into_owned(),
+            identity: Identity::UNRESOLVED.0,
+            labels: Labels::new(),
+            segments: Vec::new(),
+            enforcement: Enforcement::Unresolved,
+            labels_from: Vec::new(),
+        });
+        self.registry.workloads().into_iter().map(report).chain(unresolved).collect()
     }
 
     fn explain(&self, question: &Question) -> Result<Explanation, Failure> {
@@ -273,13 +292,12 @@ const GOLDEN: [&str; 3] = [
 ];
 
 /// What the hooks of this version do not see (threats-and-faults, O1 and O15).
-const UNCOVERED: [(&str, &str); 10] = [
+const UNCOVERED: [(&str, &str); 9] = [
     (
         "workloads that start at a path nobody has named, while no agent runs",
         "paths that ran here before, and those that a document names without a wildcard, are known to the kernel; others \
          count as host, or below a managed parent as unresolved, until an agent has seen them",
     ),
-    ("containers and pods", "not discovered in this version: name their cgroups with a cgroup: glob"),
     (
         "datagrams of a connected socket that never bound a port, between namespaces of this host",
         "the sender counts as unresolved if its namespace holds several workloads, until the next survey",
@@ -291,7 +309,7 @@ const UNCOVERED: [(&str, &str); 10] = [
     ("vsock (AF_VSOCK)", "a guest and its host can talk, unjudged"),
     (
         "socket activation",
-        "a listener belongs to its .socket unit: name that beside the .service; one that was open before the policy named it counts as host until the .socket unit is restarted",
+        "a listener that a .socket unit opened before the policy named its service counts as host until that unit is restarted",
     ),
     ("unix sockets", "a process can ask another one to connect for it; the other one's own policy applies"),
     (
@@ -308,15 +326,37 @@ const UNCOVERED: [(&str, &str); 10] = [
     ),
 ];
 
-/// What happens when something is not there.
-const ABSENCE: [(&str, &str); 3] = [
-    (
-        "agent gone",
-        "lastKnownGood: programs and maps are pinned and go on; no reload, no records, no answers to rejects",
-    ),
-    (
-        "before the first revision after boot",
-        "open until the agent starts; then lastKnownGood if the folder has no usable revision",
-    ),
-    ("controller gone", "no controller in this version"),
-];
+/// What happens when something is not there, as the settings say.
+fn absence(config: &AbsenceConfig) -> Vec<Absence> {
+    let gone = match config.agent_gone {
+        Absent::LastKnownGood => {
+            "lastKnownGood: programs and maps are pinned and go on; no reload, no records, no answers to rejects"
+                .to_owned()
+        }
+        Absent::Closed => format!(
+            "closed: {} s after the last sign of life new flows of enforced workloads are refused (reason agent-gone)",
+            config.agent_gone_after_seconds
+        ),
+        Absent::Open => format!(
+            "open: {} s after the last sign of life new flows of enforced workloads pass (reason agent-gone)",
+            config.agent_gone_after_seconds
+        ),
+    };
+    let first = match config.before_first_revision {
+        Absent::LastKnownGood => {
+            "lastKnownGood: the last revision that was in force, as soon as segfw-early or the agent starts"
+        }
+        Absent::Closed => {
+            "closed: workloads of the last revision get no new flows (reason agent-gone) until one of the folder is in force"
+        }
+        Absent::Open => "open: nothing is enforced until a revision of the folder is in force",
+    };
+    [
+        ("agent gone", gone),
+        ("before the first revision after boot", first.to_owned()),
+        ("controller gone", "no controller in this version".to_owned()),
+    ]
+    .into_iter()
+    .map(|(when, behaviour)| Absence { when: when.to_owned(), behaviour })
+    .collect()
+}

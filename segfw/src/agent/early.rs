@@ -1,7 +1,7 @@
 //! The early loader, `segfw load`: puts the last good revision of the state folder in force and ends. It is what stands
 //! between a boot and the agent: pins do not survive a reboot, the state folder does.
 //!
-//! It needs no policy folder and no network, and takes the very path of the agent ([`Core::take`]).
+//! It needs no policy folder and no network, and takes the very path of the agent ([`Core::start_without_folder`]).
 
 use super::{Absent, Arc, Config, Core, Datapath, Hierarchy, History, Shared, Store, attach, proc, sys};
 use anyhow::Context;
@@ -32,40 +32,23 @@ pub enum Early {
 
 /// Loads, attaches, pins.
 pub fn load(mut config: Config) -> anyhow::Result<Early> {
-    let absent = config.absence.before_first_revision;
-    if absent == Absent::Open {
+    if config.absence.before_first_revision == Absent::Open {
         return Ok(Early::DeclaredOpen);
     }
     let (saved, damaged) = Store::new(&config.state_dir).load();
-    let files = saved.map(|s| s.files).unwrap_or_default();
-    if files.is_empty() {
-        return match (damaged, absent) {
-            (_, Absent::Closed) => closed().map(|()| Early::NothingSaved),
-            (Some(why), _) => Err(anyhow::anyhow!(
-                "no revision can be loaded, this host is open until the agent has one: {why}; the agent writes a new file"
-            )),
-            (None, _) => Ok(Early::NothingSaved),
-        };
+    if let Some(why) = damaged {
+        anyhow::bail!(
+            "no revision can be loaded, this host is open until the agent has one: {why}; the agent writes a new file"
+        );
     }
-    let loaded = match proc::ensure_bpffs().context("no BPF file system at /sys/fs/bpf, and none can be mounted") {
-        Ok(_) => {
-            let _ = proc::ensure_tracefs();
-            // Interfaces come after this; the outer wall is never needed for a verdict, and the agent attaches it.
-            config.xdp.clear();
-            take(config, files)
-        }
-        Err(error) => Err(error),
-    };
-    match (loaded, absent) {
-        (Err(error), Absent::Closed) => {
-            tracing::error!("{error:#}");
-            closed().map(|()| Early::NothingSaved)
-        }
-        (loaded, _) => loaded,
+    // Who is enforced is known from a revision only, so without one `closed` closes nothing.
+    if saved.is_none_or(|s| s.files.is_empty()) {
+        return Ok(Early::NothingSaved);
     }
-}
-
-fn take(config: Config, files: super::Files) -> anyhow::Result<Early> {
+    let _ = proc::ensure_bpffs().context("no BPF file system at /sys/fs/bpf, and none can be mounted")?;
+    let _ = proc::ensure_tracefs();
+    // Interfaces come after this; the outer wall is never needed for a verdict, and the agent attaches it.
+    config.xdp.clear();
     let hierarchy = Hierarchy::find()?;
     let datapath = Datapath::load(&config.pin_dir)?;
     let active = datapath.active()?;
@@ -74,7 +57,7 @@ fn take(config: Config, files: super::Files) -> anyhow::Result<Early> {
     }
     let history = Arc::new(History::new(config.host.as_str().into(), NO_HISTORY));
     let mut core = Core::assemble(config, Arc::new(datapath), hierarchy, Arc::new(Shared::default()), history)?;
-    let _ = core.take(files);
+    core.start_without_folder();
     match (&core.in_force, &core.refused) {
         (Some(f), _) => Ok(Early::Loaded { revision: f.revision.number, generation: f.revision.generation }),
         (None, Some(refused)) => Err(anyhow::anyhow!("the last good revision cannot be loaded: {}", refused.why)),
@@ -91,14 +74,6 @@ fn is_attached(datapath: &Datapath) -> anyhow::Result<bool> {
         }
     }
     Ok(true)
-}
-
-/// `absence.beforeFirstRevision: closed` where there is no revision: new connections are refused, golden rules aside.
-fn closed() -> anyhow::Result<()> {
-    anyhow::bail!(
-        "absence.beforeFirstRevision is closed and there is no revision to load, but this version cannot close a host \
-         without one: it is open until the agent has a revision"
-    )
 }
 
 #[cfg(test)]
@@ -120,8 +95,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(load(config(dir.path(), Absent::LastKnownGood)).unwrap(), Early::NothingSaved);
         assert_eq!(load(config(dir.path(), Absent::Open)).unwrap(), Early::DeclaredOpen);
-        let error = load(config(dir.path(), Absent::Closed)).unwrap_err().to_string();
-        assert!(error.contains("cannot close"), "{error}");
+        assert_eq!(load(config(dir.path(), Absent::Closed)).unwrap(), Early::NothingSaved);
         assert!(!dir.path().join("pins").exists());
     }
 

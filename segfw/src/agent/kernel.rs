@@ -131,9 +131,37 @@ impl Core {
         Ok(())
     }
 
-    /// The cgroup tree changed.
-    pub(super) fn tree(&mut self, changes: &[Change]) {
+    /// The cgroup tree changed. True if container runtimes are to be asked what is new in it.
+    pub(super) fn tree(&mut self, changes: &[Change]) -> bool {
         self.registry.apply(changes);
+        self.relabel();
+        let appeared = changes.iter().any(|change| matches!(change, Change::Appeared { .. }));
+        appeared && self.registry.wants_containers()
+    }
+
+    /// What the container runtimes said, asked when everything up to `batch` was in the tree. True if they are to be asked
+    /// again soon: some cgroup is still not known.
+    pub(super) fn containers(&mut self, batch: u64, listing: Listing) -> bool {
+        self.containers_left_out += listing.left_out;
+        if listing.failed.is_empty() {
+            let _ = self.troubles.remove("runtimes");
+        } else {
+            let all: Vec<String> = listing.failed.iter().map(|(at, why)| format!("{}: {why}", at.display())).collect();
+            let what = format!("a container runtime did not answer: {}", all.join("; "));
+            let consequence = "containers that it made since are unresolved; those it told of before stay who they are";
+            let _ = self.troubles.insert(
+                "runtimes",
+                trouble(&what, consequence, "start it again, or take its socket out of the settings (runtimes)"),
+            );
+        }
+        if self.registry.set_containers(batch, listing) {
+            self.relabel();
+        }
+        self.registry.unresolved().next().is_some()
+    }
+
+    /// Somebody may be somebody else now: the kernel is told.
+    fn relabel(&mut self) {
         let sets = self.registry.label_sets();
         let new = match &self.in_force {
             Some(f) => {

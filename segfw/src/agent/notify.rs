@@ -2,10 +2,9 @@
 //! still works.
 //!
 //! READY means: what this host declared is in force. That is a revision, proven (published, read back, hooks attached) or
-//! taken over from the agent before. On a host that never had one and where none can be loaded it is
-//! `absence.beforeFirstRevision`: with `lastKnownGood` and `open` nothing is in force, that is what was declared, and the
-//! agent is ready as OPEN so that boot goes on and the folder can be mended; with `closed` it is ready only once
-//! something refuses.
+//! taken over from the agent before. Where none can be loaded, and none was ever saved (then `closed` has nobody to close)
+//! or `absence.beforeFirstRevision` is `open`, nothing is in force and that is what was declared: the agent is ready as
+//! OPEN, so that boot goes on and the folder can be mended.
 //!
 //! The watchdog is fed by the event loop itself, after it got hold of the state: a loop that waits for a step that never
 //! ends, and a state whose owner never lets go of it, both end with a restart of the agent. The kernel enforces meanwhile.
@@ -103,11 +102,7 @@ fn send(states: &[NotifyState<'_>]) {
 impl Core {
     /// Is what this host declared in force?
     fn stands(&self) -> bool {
-        let declared_open = match self.config.absence.before_first_revision {
-            Absent::LastKnownGood => self.saved.files.is_empty(),
-            Absent::Open => true,
-            Absent::Closed => false,
-        };
+        let declared_open = self.config.absence.before_first_revision == Absent::Open || self.saved.files.is_empty();
         self.in_force.is_some() || self.attached || declared_open
     }
 

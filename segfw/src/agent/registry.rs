@@ -1,14 +1,16 @@
 //! Which cgroup is whose: the tree as it is, and what the policy's Workload documents say of it. Pure.
 
 use crate::host::cgroup::Change;
+use crate::host::runtime::{self, Listing};
 use crate::policy::document::{Matcher, WorkloadDoc};
 use crate::policy::host_policy::Labels;
 use crate::policy::tables::Numbers;
-use crate::policy::{CgroupFacts, Known, Problem, conflicts, labels_for, managed_parents};
+use crate::policy::{CgroupFacts, Known, Problem, UnitFacts, UserFacts, conflicts, labels_for, managed_parents};
 use segfw_common::state::PathKey;
 use segfw_common::{CgroupEntry, Identity, bounds};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// A cgroup that a Workload document names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,13 +25,31 @@ pub struct Workload {
     pub labels: Labels,
 }
 
+/// What the documents say of a cgroup itself, not of what is above it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Standing {
+    /// Nothing.
+    #[default]
+    None,
+    /// It may be a workload, but what it is has not been learned yet.
+    Unresolved,
+    /// The names of the documents, and the labels they give together.
+    Workload(String, Labels),
+}
+
 /// One cgroup of the tree.
 #[derive(Clone, Debug)]
 struct Node {
     id: u64,
-    /// Names and labels that the documents give to the cgroup itself; kept, since globs are slow and batches are many.
-    named: Option<(String, Labels)>,
+    /// Batch of changes with which it came.
+    batch: u64,
+    /// Kept, since globs are slow and batches are many.
+    standing: Standing,
 }
+
+/// Paths of workloads that are gone and may come again. The kernel's table holds two entries for each. Beyond it the one
+/// that was seen least recently is forgotten: should it come again, it is unresolved until the agent has seen it.
+pub const REMEMBERED: usize = 4_096;
 
 /// The tree, and what it means.
 #[derive(Clone, Debug, Default)]
@@ -38,51 +58,95 @@ pub struct Registry {
     docs: Vec<WorkloadDoc>,
     managed: BTreeSet<PathBuf>,
     host_labels: Labels,
-    /// Paths of workloads that ran here and may run again.
-    remembered: BTreeSet<PathBuf>,
+    /// Where the part of the tree begins that the agent answers for: units are looked for below it.
+    root: PathBuf,
+    /// Paths of workloads that ran here and may run again, and when each was last seen.
+    remembered: BTreeMap<PathBuf, u64>,
+    tick: u64,
+    /// What the container runtimes said last; shared, since a registry is copied to be tried.
+    containers: Arc<Listing>,
+    /// Batches of changes so far.
+    batch: u64,
+    /// The batch up to which `containers` is complete.
+    listed: u64,
 }
 
 impl Registry {
-    /// An empty tree.
-    pub fn new(host_labels: Labels) -> Self {
-        Self { host_labels, ..Self::default() }
+    /// An empty tree, of which the agent answers for what is below `root`.
+    pub fn new(host_labels: Labels, root: PathBuf) -> Self {
+        Self { host_labels, root, ..Self::default() }
     }
 
-    /// Labels of every workload of this host.
-    pub fn host_labels(&self) -> &Labels {
-        &self.host_labels
+    /// Where the part of the tree begins that the agent answers for.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
-    /// A copy of another registry's tree.
-    pub fn take_tree(&mut self, other: &Self) {
-        self.tree = other.tree.clone();
-        self.remembered = other.remembered.clone();
+    /// The same without documents.
+    pub fn without_documents(&self) -> Self {
+        Self { docs: Vec::new(), managed: BTreeSet::new(), ..self.clone() }
     }
 
     /// Other documents: every cgroup may mean something else now.
     pub fn set_documents(&mut self, docs: Vec<WorkloadDoc>) {
         self.managed = managed_parents(&docs).into_iter().map(PathBuf::from).collect();
         self.docs = docs;
+        self.look_again(|_| true);
+    }
+
+    /// What is known of some cgroups has changed.
+    fn look_again(&mut self, which: impl Fn(&Path) -> bool) {
         let mut tree = std::mem::take(&mut self.tree);
-        for (path, node) in &mut tree {
-            node.named = self.look(path);
-            if node.named.is_some() {
-                let _ = self.remembered.insert(path.clone());
-            }
+        for (path, node) in tree.iter_mut().filter(|(path, _)| which(path)) {
+            node.standing = self.look(path, node.batch);
+            self.remember(path, &node.standing);
         }
         self.tree = tree;
     }
 
+    /// Do the documents ask what a container is?
+    pub fn wants_containers(&self) -> bool {
+        let asks = |m: &Matcher| matches!(m, Matcher::Container { .. } | Matcher::Pod { .. });
+        self.docs.iter().flat_map(|d| &d.matches).any(|m| asks(&m.value))
+    }
+
+    /// Do the documents ask for containers, and no runtime was asked yet?
+    pub fn never_listed(&self) -> bool {
+        self.listed == 0 && self.wants_containers()
+    }
+
+    /// To be taken before the runtimes are asked, and given to [`Self::set_containers`] with the answer.
+    pub fn batch(&self) -> u64 {
+        self.batch
+    }
+
+    /// What the runtimes said when everything up to `batch` was in the tree. A runtime that did not answer keeps the
+    /// containers it told of before, as long as their cgroups are there. True if some cgroup is somebody else now.
+    pub fn set_containers(&mut self, batch: u64, listing: Listing) -> bool {
+        let mut all = listing.containers;
+        if !listing.failed.is_empty() {
+            let told: BTreeSet<String> = all.iter().map(|c| c.id.clone()).collect();
+            let live: BTreeSet<String> =
+                self.tree.keys().filter_map(|path| self.containers.find(path)).map(|c| c.id.clone()).collect();
+            let kept = self.containers.containers.iter().filter(|c| !told.contains(&c.id) && live.contains(&c.id));
+            all.extend(kept.cloned());
+        }
+        let before: Vec<Standing> = self.tree.values().map(|node| node.standing.clone()).collect();
+        self.containers = Arc::new(Listing::of(all));
+        self.listed = batch;
+        self.look_again(|_| true);
+        self.tree.values().map(|node| &node.standing).ne(before.iter())
+    }
+
     /// Takes note of what happened in the tree.
     pub fn apply(&mut self, changes: &[Change]) {
+        self.batch += 1;
         for change in changes {
             match change {
                 Change::Appeared { path, id } => {
-                    let node = Node { id: *id, named: self.look(path) };
-                    if node.named.is_some() {
-                        let _ = self.remembered.insert(path.clone());
-                    }
-                    let _ = self.tree.insert(path.clone(), node);
+                    let standing = self.look(path, self.batch);
+                    self.remember(path, &standing);
+                    let _ = self.tree.insert(path.clone(), Node { id: *id, batch: self.batch, standing });
                 }
                 Change::Gone { path, .. } => {
                     let _ = self.tree.remove(path);
@@ -91,22 +155,76 @@ impl Registry {
         }
     }
 
-    /// What the documents say of one cgroup itself, not of what is above it.
-    pub fn named(&self, path: &Path) -> Option<(String, Labels)> {
-        match self.tree.get(path) {
-            Some(node) => node.named.clone(),
-            None => self.look(path),
+    fn remember(&mut self, path: &Path, standing: &Standing) {
+        // A container never comes again under its path.
+        if !matches!(standing, Standing::Workload(..)) || self.containers.find(path).is_some() {
+            return;
+        }
+        self.tick += 1;
+        let _ = self.remembered.insert(path.to_owned(), self.tick);
+        if self.remembered.len() > REMEMBERED {
+            // Those that live are in the tree anyway.
+            let oldest = self.remembered.iter().min_by_key(|(_, tick)| **tick).map(|(path, _)| path.clone());
+            let _ = oldest.and_then(|path| self.remembered.remove(&path));
         }
     }
 
-    fn look(&self, path: &Path) -> Option<(String, Labels)> {
-        labels_for(&self.docs, &facts(path), &self.host_labels)
+    /// What the documents say of one cgroup itself.
+    pub fn standing(&self, path: &Path) -> Standing {
+        match self.tree.get(path) {
+            Some(node) => node.standing.clone(),
+            // Looked at when the runtimes were asked last: it is not there.
+            None => self.look(path, 0),
+        }
+    }
+
+    fn look(&self, path: &Path, batch: u64) -> Standing {
+        match labels_for(&self.docs, &self.facts(path), &self.host_labels) {
+            Some((name, labels)) => Standing::Workload(name, labels),
+            None if self.waits(path, batch) => Standing::Unresolved,
+            None => Standing::None,
+        }
+    }
+
+    /// May this be a container, or a pod, of which no runtime has told yet?
+    fn waits(&self, path: &Path, batch: u64) -> bool {
+        if !self.wants_containers() {
+            return false;
+        }
+        let looks_like_one = match (runtime::path::container(path), runtime::path::pod(path)) {
+            // Of a tree whose owner can make any name: what is above it speaks for it.
+            (Some(container), _) if container.delegated => false,
+            (Some(_), _) => self.containers.find(path).is_none(),
+            (None, Some(uid)) => self.containers.pod(&uid).is_none(),
+            (None, None) => false,
+        };
+        // Where containers may have any name, each new cgroup waits for one answer of the runtimes.
+        looks_like_one || (batch > self.listed && self.container_folders().iter().any(|b| begins(path, b)))
+    }
+
+    /// Where runtimes make containers whose path alone does not say so: the folders of those that are known.
+    fn container_folders(&self) -> BTreeSet<String> {
+        let plain = |path: &&Path| runtime::path::container(path).is_none_or(|found| found.delegated);
+        let known = self.containers.containers.iter().filter_map(|c| Some(Path::new(c.cgroup.as_deref()?)));
+        let folders = known
+            .filter(plain)
+            .filter_map(Path::parent)
+            .filter(|parent| parent.components().count() > 1 && parent.extension().is_none_or(|end| end != "slice"));
+        folders.map(|p| format!("{}/", p.display())).chain(["/default/".to_owned()]).collect()
+    }
+
+    fn facts(&self, path: &Path) -> CgroupFacts {
+        CgroupFacts {
+            container: self.containers.find(path).cloned(),
+            pod: runtime::path::pod(path).and_then(|uid| self.containers.pod(&uid)).cloned(),
+            ..facts(path, &self.root)
+        }
     }
 
     /// Documents that disagree about a cgroup of this tree.
     pub fn conflicts(&self) -> Vec<Problem> {
         let mut problems: Vec<Problem> =
-            self.tree.keys().flat_map(|path| conflicts(&self.docs, &facts(path))).collect();
+            self.tree.keys().flat_map(|path| conflicts(&self.docs, &self.facts(path))).collect();
         problems.dedup();
         problems
     }
@@ -114,15 +232,24 @@ impl Registry {
     /// Every workload, by path.
     pub fn workloads(&self) -> Vec<Workload> {
         let found = self.tree.iter().filter_map(|(path, node)| {
-            let (name, labels) = node.named.clone()?;
+            let Standing::Workload(name, labels) = node.standing.clone() else { return None };
             Some(Workload { name, cgroup: path.to_string_lossy().into_owned(), id: node.id, labels })
         });
         found.collect()
     }
 
+    /// Cgroups that wait to be learned, by path.
+    pub fn unresolved(&self) -> impl Iterator<Item = (&Path, u64)> {
+        let waiting = self.tree.iter().filter(|(_, node)| node.standing == Standing::Unresolved);
+        waiting.map(|(path, node)| (path.as_path(), node.id))
+    }
+
     /// The workload that a cgroup belongs to: its own, or that of the nearest cgroup above it.
     pub fn owner(&self, path: &Path) -> Option<(PathBuf, String, Labels)> {
-        path.ancestors().find_map(|at| self.named(at).map(|(name, labels)| (at.to_owned(), name, labels)))
+        path.ancestors().find_map(|at| match self.standing(at) {
+            Standing::Workload(name, labels) => Some((at.to_owned(), name, labels)),
+            Standing::Unresolved | Standing::None => None,
+        })
     }
 
     /// Label sets the compiler must know: those of workloads that run, and those that a single document would give to
@@ -148,11 +275,12 @@ impl Registry {
         let mut by_path: BTreeMap<&Path, CgroupEntry> = BTreeMap::new();
         let mut entries = BTreeMap::new();
         // In the order of paths a parent comes before its children.
-        for (path, Node { id, named }) in &self.tree {
-            let (identity, workload) = match named {
+        for (path, Node { id, standing, .. }) in &self.tree {
+            let (identity, workload) = match standing {
                 // The low half of a cgroup id is its inode number: unique among those that live.
-                Some((_, labels)) => (numbers.labels(labels).0, *id as u32),
-                None => match path.parent().and_then(|p| by_path.get(p)) {
+                Standing::Workload(_, labels) => (numbers.labels(labels).0, *id as u32),
+                Standing::Unresolved => (Identity::UNRESOLVED.0, 0),
+                Standing::None => match path.parent().and_then(|p| by_path.get(p)) {
                     Some(parent) => (parent.identity, parent.workload),
                     None => (Identity::HOST.0, 0),
                 },
@@ -165,32 +293,105 @@ impl Registry {
         entries
     }
 
-    /// What a cgroup will be that is made while nobody looks: every path that was a workload here, and every path that a
-    /// document names without a wildcard.
+    /// What a cgroup will be that is made while nobody looks:
+    ///
+    /// * a path that was a workload here, or that a document names without a wildcard: that workload;
+    /// * a path that begins as a pattern does: unresolved, until the agent has seen it;
+    /// * a path that was seen and is no workload: what it was; and what is made below a known cgroup belongs to that.
+    ///
+    /// In the order of their weight, for the table is bounded.
     pub fn paths(&self, numbers: &mut Numbers) -> BTreeMap<PathKey, CgroupEntry> {
-        let exact = self.docs.iter().flat_map(|d| &d.matches).filter_map(|m| match &m.value {
-            // Where systemd puts a system unit that names no slice.
-            Matcher::SystemdUnit(glob) => Some(format!("/system.slice/{}", glob.text)),
-            Matcher::Cgroup(glob) => Some(glob.text.clone()),
+        let entry = |identity: Identity, flags| CgroupEntry { identity: identity.0, workload: 0, flags, pad: 0 };
+        let flags = |path: &Path| if self.managed.contains(path) { CgroupEntry::MANAGED } else { 0 };
+        let bytes = |path: &Path| path.as_os_str().as_encoded_bytes().to_vec();
+        let beginnings = self.beginnings();
+        let below = |path: &Path| beginnings.iter().any(|b| bytes(path).starts_with(b.as_bytes()));
+        let mut all: Vec<(PathKey, CgroupEntry)> = Vec::new();
+        all.extend(
+            beginnings.iter().filter_map(|b| Some((PathKey::beginning(b.as_bytes())?, entry(Identity::UNRESOLVED, 0)))),
+        );
+        let living = self.tree.iter().filter(|(_, node)| matches!(node.standing, Standing::Workload(..)));
+        let living = living.map(|(path, _)| path.clone());
+        let named: BTreeSet<PathBuf> = self.remembered.keys().cloned().chain(self.exact()).chain(living).collect();
+        for path in &named {
+            if let Standing::Workload(_, labels) = self.standing(path) {
+                let identity = numbers.labels(&labels);
+                all.extend(PathKey::new(&bytes(path)).map(|key| (key, entry(identity, flags(path)))));
+            }
+        }
+        let inherit = |path: &Path| {
+            let key = PathKey::beginning(&[bytes(path), b"/".to_vec()].concat())?;
+            Some((key, entry(Identity::HOST, CgroupEntry::INHERIT)))
+        };
+        all.extend(named.iter().filter(|path| below(path)).filter_map(|path| inherit(path)));
+        let others = self.tree.iter().filter(|(path, node)| node.standing == Standing::None && below(path));
+        for (path, _) in others {
+            // The nearest workload above it, if there is one, speaks for it: then nothing is to be registered.
+            let of = if self.owner(path).is_some() { CgroupEntry::INHERIT } else { flags(path) };
+            all.extend(PathKey::new(&bytes(path)).map(|key| (key, entry(Identity::HOST, of))));
+            all.extend(inherit(path));
+        }
+        let mut table = BTreeMap::new();
+        for (key, entry) in all {
+            if table.len() == bounds::PATHS as usize {
+                break;
+            }
+            let _ = table.entry(key).or_insert(entry);
+        }
+        table
+    }
+
+    /// Paths that documents name without a wildcard. Units: where systemd puts one that names no slice.
+    fn exact(&self) -> impl Iterator<Item = PathBuf> {
+        let texts = self.docs.iter().flat_map(|d| &d.matches).flat_map(|m| match &m.value {
+            Matcher::SystemdUnit(glob) => {
+                let socket = glob.text.strip_suffix(".service").map(|name| format!("{name}.socket"));
+                let unit = |name: String| self.root.join("system.slice").join(name);
+                [Some(unit(glob.text.clone())), socket.map(unit)].into_iter().flatten().collect()
+            }
+            Matcher::Cgroup(glob) => vec![PathBuf::from(&glob.text)],
+            Matcher::SystemdUserUnit { .. } | Matcher::Container { .. } | Matcher::Pod { .. } => Vec::new(),
+        });
+        texts.filter(|path| !path.to_string_lossy().contains(WILD))
+    }
+
+    /// How the paths begin that patterns are about: a cgroup that is made there is no host process.
+    fn beginnings(&self) -> BTreeSet<String> {
+        let literal = |text: &str| text.find(WILD).and_then(|wild| text.get(..wild)).map(str::to_owned);
+        let below = |folder: &str, rest: &str| format!("{}/{rest}", self.root.join(folder).display());
+        let found = self.docs.iter().flat_map(|d| &d.matches).filter_map(|m| match &m.value {
+            Matcher::Cgroup(glob) => literal(&glob.text),
+            Matcher::SystemdUnit(glob) => literal(&glob.text).map(|name| match name.split_once('@') {
+                // Instances of a template have a slice of their own.
+                Some((template, _)) => {
+                    below("system.slice", &format!("system-{}.slice/{name}", template.replace('-', r"\x2d")))
+                }
+                None => below("system.slice", &name),
+            }),
+            // A pattern of users would take in every login.
+            Matcher::SystemdUserUnit { user, .. } => {
+                user_id(&user.text).map(|uid| below("user.slice", &format!("user-{uid}.slice/user@{uid}.service/")))
+            }
             Matcher::Container { .. } | Matcher::Pod { .. } => None,
         });
-        let exact = exact.filter(|text| !text.contains(['*', '?', '[', '{'])).map(PathBuf::from);
-        let all: BTreeSet<PathBuf> = self.remembered.iter().cloned().chain(exact).collect();
-        let entry = |path: PathBuf| {
-            let (_, labels) = self.named(&path)?;
-            let flags = if self.managed.contains(&path) { CgroupEntry::MANAGED } else { 0 };
-            let entry = CgroupEntry { identity: numbers.labels(&labels).0, workload: 0, flags, pad: 0 };
-            Some((PathKey::new(path.as_os_str().as_encoded_bytes())?, entry))
+        // A pattern that begins with a wildcard would make every cgroup there unresolved, system services among them.
+        let found = found.filter(|text| text.trim_matches('/').contains('/'));
+        let containers: BTreeSet<String> = match self.wants_containers() {
+            true => runtime::path::prefixes().iter().map(|p| (*p).to_owned()).chain(self.container_folders()).collect(),
+            false => BTreeSet::new(),
         };
-        all.into_iter().filter_map(entry).take(bounds::PATHS as usize).collect()
+        found.chain(containers).collect()
     }
 
     /// Paths by id, and the workload each belongs to.
     pub fn words(&self) -> BTreeMap<u64, (String, Option<String>)> {
         let mut owners: BTreeMap<&Path, Option<String>> = BTreeMap::new();
         let mut words = BTreeMap::new();
-        for (path, Node { id, named }) in &self.tree {
-            let own = named.as_ref().map(|(name, _)| name.clone());
+        for (path, Node { id, standing, .. }) in &self.tree {
+            let own = match standing {
+                Standing::Workload(name, _) => Some(name.clone()),
+                Standing::Unresolved | Standing::None => None,
+            };
             let owner = own.or_else(|| path.parent().and_then(|p| owners.get(p)).cloned().flatten());
             let _ = owners.insert(path, owner.clone());
             let _ = words.insert(*id, (path.to_string_lossy().into_owned(), owner));
@@ -209,8 +410,33 @@ impl Registry {
     }
 }
 
-fn facts(path: &Path) -> CgroupFacts {
-    CgroupFacts { path: path.to_string_lossy().into_owned(), unit: crate::host::cgroup::unit(path).map(str::to_owned) }
+/// As text: the beginning may end within a name.
+fn begins(path: &Path, beginning: &str) -> bool {
+    path.as_os_str().as_encoded_bytes().starts_with(beginning.as_bytes())
+}
+
+/// What begins a pattern's variable part.
+const WILD: [char; 4] = ['*', '?', '[', '{'];
+
+/// What a path alone says of a cgroup. Units are looked for below `root`.
+pub fn facts(path: &Path, root: &Path) -> CgroupFacts {
+    let inside = path.strip_prefix(root).ok().map(|p| Path::new("/").join(p));
+    let unit = inside.as_deref().and_then(crate::host::cgroup::unit).map(|unit| UnitFacts {
+        name: unit.name.to_owned(),
+        user: unit.uid.map(|uid| UserFacts { uid, name: user_name(uid) }),
+    });
+    CgroupFacts { path: path.to_string_lossy().into_owned(), unit, ..CgroupFacts::default() }
+}
+
+/// Number of a user: written so, or from the user database.
+fn user_id(text: &str) -> Option<u32> {
+    let named = || nix::unistd::User::from_name(text).ok().flatten().map(|user| user.uid.as_raw());
+    text.parse().ok().or_else(named)
+}
+
+/// From the user database; asked for every unit of a user's manager, which is seldom.
+fn user_name(uid: u32) -> Option<String> {
+    nix::unistd::User::from_uid(uid.into()).ok().flatten().map(|user| user.name)
 }
 
 #[cfg(test)]
@@ -220,7 +446,7 @@ mod tests {
     fn registry(yaml: &str, tree: &[(&str, u64)]) -> Registry {
         let (docs, problems) = crate::policy::parse(&[("t.yaml".to_owned(), yaml.to_owned())]);
         assert!(problems.is_empty(), "{problems:?}");
-        let mut registry = Registry::new(Labels::from([("zone".to_owned(), "a".to_owned())]));
+        let mut registry = Registry::new(Labels::from([("zone".to_owned(), "a".to_owned())]), "/".into());
         registry.set_documents(super::super::revision::workload_documents(&docs));
         let changes: Vec<Change> =
             tree.iter().map(|(path, id)| Change::Appeared { path: PathBuf::from(path), id: *id }).collect();
@@ -246,7 +472,7 @@ mod tests {
         );
         let mut numbers = Numbers::default();
         let entries = registry.entries(&mut numbers);
-        let web = registry.named(Path::new("/system.slice/nginx.service")).unwrap().1;
+        let Standing::Workload(_, web) = registry.standing(Path::new("/system.slice/nginx.service")) else { panic!() };
         assert_eq!(web.get("zone").map(String::as_str), Some("a"), "host labels apply");
         assert_eq!(entries[&7].identity, numbers.labels(&web).0);
         assert_eq!(entries[&7].workload, 7);
@@ -257,6 +483,58 @@ mod tests {
         assert_eq!(entries[&6].flags, 0);
         assert_eq!(registry.words()[&5], ("/machine.slice/pg-1/worker".to_owned(), Some("pg".to_owned())));
         assert_eq!(registry.label_sets().len(), 2);
+    }
+
+    /// What the kernel would make of a new cgroup: the longest entry that its path begins with.
+    fn made(paths: &BTreeMap<PathKey, CgroupEntry>, path: &str) -> Option<CgroupEntry> {
+        let mut text = path.as_bytes().to_vec();
+        text.push(0);
+        let fits = |key: &PathKey| text.starts_with(&key.bytes[..key.bits as usize / 8]);
+        let best = paths.iter().filter(|(key, _)| fits(key)).max_by_key(|(key, _)| key.bits);
+        best.map(|(_, entry)| *entry).filter(|entry| entry.flags & CgroupEntry::INHERIT == 0)
+    }
+
+    #[test]
+    fn a_cgroup_that_is_made_while_nobody_looks() {
+        let docs = "apiVersion: segfw.dev/v1\nkind: Workload\nmetadata: {name: web}\nspec:\n  match: [{systemdUnit: nginx.service}, {systemdUnit: 'app-x@*.service'}, {cgroup: '/machine.slice/pg-*'}, {cgroup: '/*'}, {systemdUserUnit: {unit: sync.service, user: '7'}}]\n  labels: {app: web}\n";
+        let mut registry = registry(
+            docs,
+            &[
+                ("/", 1),
+                ("/machine.slice", 2),
+                ("/machine.slice/other", 3),
+                ("/machine.slice/pg-1", 4),
+                ("/machine.slice/pg-1/w", 5),
+            ],
+        );
+        let mut numbers = Numbers::default();
+        let Standing::Workload(_, web) = registry.standing(Path::new("/machine.slice/pg-1")) else { panic!() };
+        let web = numbers.labels(&web).0;
+        let identity = |paths: &_, path: &str| made(paths, path).map(|entry| entry.identity);
+        let paths = registry.paths(&mut numbers);
+        for (path, want) in [
+            ("/system.slice/nginx.service", Some(web)),
+            ("/system.slice/nginx.socket", Some(web)),
+            ("/system.slice/nginx.service/worker", None),
+            (r"/system.slice/system-app\x2dx.slice/app-x@1.service", Some(Identity::UNRESOLVED.0)),
+            ("/system.slice/other.service", None),
+            ("/machine.slice/pg-1", Some(web)),
+            ("/machine.slice/pg-1/x", None),
+            ("/machine.slice/pg-2", Some(Identity::UNRESOLVED.0)),
+            ("/machine.slice/other", None),
+            ("/user.slice/user-7.slice/user@7.service/app.slice/x.service", Some(Identity::UNRESOLVED.0)),
+            ("/user.slice/user-8.slice/user@8.service/app.slice/x.service", None),
+        ] {
+            assert_eq!(identity(&paths, path), want, "{path}");
+        }
+        registry.apply(&[Change::Gone { path: "/machine.slice/pg-1".into(), id: 4 }]);
+        assert_eq!(identity(&registry.paths(&mut numbers), "/machine.slice/pg-1"), Some(web), "remembered");
+        for id in 0..2 * REMEMBERED as u64 {
+            let path = PathBuf::from(format!("/machine.slice/pg-x{id}"));
+            registry.apply(&[Change::Appeared { path: path.clone(), id: id + 9 }, Change::Gone { path, id: id + 9 }]);
+        }
+        assert_eq!(registry.remembered.len(), REMEMBERED);
+        assert_eq!(identity(&registry.paths(&mut numbers), "/machine.slice/pg-1"), Some(Identity::UNRESOLVED.0));
     }
 
     #[test]

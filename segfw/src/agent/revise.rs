@@ -57,8 +57,11 @@ impl Core {
             }
         }
         saved.maps = maps;
+        // The part of the tree that this agent answers for.
+        let below = config.cgroup_root.strip_prefix(&hierarchy.mount).unwrap_or(Path::new(""));
+        let root = Path::new("/").join(below);
         let mut core = Self {
-            registry: Registry::new(config.host_labels.clone()),
+            registry: Registry::new(config.host_labels.clone(), root),
             started_at: Timestamp::now(),
             names: Names { host: config.host.as_str().into(), ..Names::default() },
             config,
@@ -78,12 +81,20 @@ impl Core {
             history,
             attached: active.generation != 0,
             told: BTreeMap::new(),
+            flags: 0,
+            closed_until_first: false,
+            repairs: VecDeque::new(),
+            repaired: 0,
+            canary: None,
+            containers_left_out: 0,
             looked: 0,
         };
         // What an earlier agent registered is what the kernel holds.
         core.cgroups = core.datapath.cgroups()?.into_iter().collect();
         core.addresses = core.datapath.addresses()?.into_iter().collect();
         core.paths = core.datapath.paths()?.into_iter().collect();
+        // Closed since the boot, by the early loader or by an agent that is gone.
+        core.closed_until_first = core.datapath.host_flags()? & !control::HOST_MONITOR == control::gone_after(0);
         core.set_flags()?;
         let tree: Vec<Change> =
             core.hierarchy.scan()?.into_iter().map(|(path, id)| Change::Appeared { path, id }).collect();
@@ -91,21 +102,54 @@ impl Core {
         Ok(core)
     }
 
-    pub(super) fn set_flags(&self) -> anyhow::Result<()> {
-        let flags = if self.config.monitor { control::HOST_MONITOR } else { 0 };
-        Ok(self.datapath.set_host_flags(flags)?)
+    /// What holds for the whole host, and until when if no agent is heard of again.
+    pub(super) fn set_flags(&mut self) -> anyhow::Result<()> {
+        let absence = &self.config.absence;
+        let mut flags = if self.config.monitor { control::HOST_MONITOR } else { 0 };
+        let later = proc::boot_ns()?.saturating_add(u64::from(absence.agent_gone_after_seconds) * 1_000_000_000);
+        flags |= match absence.agent_gone {
+            _ if self.closed_until_first => control::gone_after(0),
+            Absent::LastKnownGood => 0,
+            Absent::Closed => control::gone_after(later),
+            Absent::Open => control::gone_after(later) | control::HOST_GONE_OPEN,
+        };
+        self.datapath.set_host_flags(flags)?;
+        self.flags = flags;
+        Ok(())
     }
 
-    /// The first revision: the folder's, else the last one that was in force here.
+    /// The first revision: the folder's, else what `absence.beforeFirstRevision` says. After a restart, where the kernel
+    /// enforces already, always the last one that was in force here.
     pub(super) fn start(&mut self) {
         let _ = self.reload();
-        if self.in_force.is_none() && !self.saved.files.is_empty() {
-            let files = self.saved.files.clone();
-            tracing::warn!("the policy folder has no revision that can be used: taking the last one that was in force");
-            let refused = self.refused.take();
-            let _ = self.take(files);
-            self.refused = refused.or(self.refused.take());
+        if self.in_force.is_none() {
+            self.start_without_folder();
         }
+    }
+
+    /// What was in force last, if there is something and if the settings say so.
+    pub(super) fn start_without_folder(&mut self) {
+        let after_boot = !self.attached;
+        match self.config.absence.before_first_revision {
+            Absent::Open if after_boot => {
+                tracing::warn!("nothing is enforced before the first revision: absence.beforeFirstRevision is open");
+                return;
+            }
+            Absent::Closed if after_boot => self.closed_until_first = true,
+            Absent::Closed | Absent::Open | Absent::LastKnownGood => {}
+        }
+        if self.saved.files.is_empty() {
+            tracing::warn!("no revision was ever in force here: nothing is enforced");
+            return;
+        }
+        if let Err(error) = self.set_flags() {
+            tracing::error!("{error:#}");
+        }
+        tracing::warn!("taking the last revision that was in force");
+        let refused = self.refused.take();
+        let files = self.saved.files.clone();
+        let _ = self.take(files);
+        self.refused = refused.or(self.refused.take());
     }
 
     /// Reads the folder and puts it in force, or says why not; then the last revision stays.
@@ -119,6 +163,12 @@ impl Core {
                 Vec::new()
             }
         };
+        if self.closed_until_first && self.in_force.is_some() && self.refused.is_none() {
+            self.closed_until_first = false;
+            if let Err(error) = self.set_flags() {
+                tracing::error!("{error:#}");
+            }
+        }
         let after = self.in_force.as_ref().map(|f| (f.revision.number, f.revision.digest.clone()));
         report::ReloadReport {
             changed: before != after,
@@ -221,7 +271,8 @@ impl Core {
         };
         let revision = Revision { number, digest, generation: active.generation, loaded_at, files: names };
         tracing::info!(revision = number, generation = active.generation, entries = tables.rules.len(), "in force");
-        self.in_force = Some(InForce { revision, files, policy, tables });
+        let maps = self.datapath.inner_maps(active.slot)?;
+        self.in_force = Some(InForce { revision, files, policy, tables, maps });
         self.refused = None;
         self.save();
         self.survey();

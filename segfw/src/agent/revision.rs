@@ -51,8 +51,7 @@ pub fn build(
     clock: Clock,
 ) -> Result<Candidate, Refused> {
     let refuse = |why: &str, problems: Vec<Finding>| Refused { at: clock.wall, why: why.to_owned(), problems };
-    let mut trial = Registry::new(registry.host_labels().clone());
-    trial.take_tree(registry);
+    let mut trial = registry.without_documents();
     let inventory = |documents: &[Document]| {
         trial.set_documents(workload_documents(documents));
         Inventory { workloads: trial.known() }

@@ -12,7 +12,7 @@ use crate::policy::explain::View;
 use crate::policy::host_policy::{HostPolicy, Labels};
 use crate::policy::load::{LoadError, read_dir_recursive};
 use crate::policy::tables::{Numbers, Tables};
-use crate::policy::{self, CgroupFacts, HostSettings, Inventory, Problems, Severity, labels_for};
+use crate::policy::{self, CgroupFacts, HostSettings, Inventory, Problems, Severity, UnitFacts, labels_for};
 use jiff::Timestamp;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -115,15 +115,15 @@ impl Loaded {
     fn find(&self, name: &str) -> Option<Labels> {
         let labels = |facts: &CgroupFacts| labels_for(&self.workloads, facts, &Labels::new()).map(|(_, labels)| labels);
         if name.starts_with('/') {
-            let unit = cgroup::unit(Path::new(name)).map(str::to_owned);
-            return labels(&CgroupFacts { path: name.to_owned(), unit });
+            return labels(&crate::agent::registry::facts(Path::new(name), Path::new("/")));
         }
         if let Some(doc) = self.workloads.iter().find(|d| d.meta.name == name) {
             return Some(doc.labels.clone());
         }
         // Without an ending it is no unit, and a glob such as "*" would take any word for one.
-        let _ = cgroup::unit(Path::new(name))?;
-        labels(&CgroupFacts { path: unit_cgroup(name), unit: Some(name.to_owned()) })
+        let path = unit_cgroup(name);
+        let _ = cgroup::unit(Path::new(&path))?;
+        labels(&CgroupFacts { path, unit: Some(UnitFacts::system(name)), ..CgroupFacts::default() })
     }
 
     /// What a name could have been meant for.
@@ -131,7 +131,10 @@ impl Loaded {
         self.workloads.iter().flat_map(|d| {
             let units = d.matches.iter().filter_map(|m| match &m.value {
                 Matcher::SystemdUnit(glob) => Some(glob.text.as_str()),
-                Matcher::Cgroup(_) | Matcher::Container { .. } | Matcher::Pod { .. } => None,
+                Matcher::SystemdUserUnit { .. }
+                | Matcher::Cgroup(_)
+                | Matcher::Container { .. }
+                | Matcher::Pod { .. } => None,
             });
             std::iter::once(d.meta.name.as_str()).chain(units)
         })

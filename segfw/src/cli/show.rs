@@ -93,6 +93,9 @@ pub(super) fn early(early: &Early, state_dir: &str) -> String {
     }
 }
 
+/// Of the newest repairs; `-o json` has more.
+const REPAIRS_SHOWN: usize = 4;
+
 /// One screen: what is enforced, since when, by which revision, what is wrong, what to do.
 pub(super) fn status(status: &StatusReport) -> String {
     // In full, so that a new field does not compile until it has a place.
@@ -112,6 +115,8 @@ pub(super) fn status(status: &StatusReport) -> String {
         golden_rules,
         uncovered,
         absence,
+        repairs,
+        neighbours,
         agent,
     } = status;
     let mut s = Screen(String::new());
@@ -199,6 +204,25 @@ pub(super) fn status(status: &StatusReport) -> String {
     s.line("hooks", &format!("{} attached; xdp: {xdp}", paint(all, &format!("{attached} of {}", hooks.len()))));
     for hook in hooks.iter().filter(|h| !h.attached) {
         s.more(&paint(BAD, &format!("not attached: {}", hook.name)));
+    }
+    for n in neighbours.iter().filter(|n| n.after_ours) {
+        let name = if n.name.is_empty() { "without a name" } else { &n.name };
+        s.more(&format!("after ours at {}: program {} ({})", n.hook, n.program, clean(name)));
+    }
+    if !repairs.is_empty() {
+        let lines: Vec<_> = repairs
+            .iter()
+            .rev()
+            .take(REPAIRS_SHOWN)
+            .map(|r| {
+                let end = match &r.left {
+                    None => "put right".to_owned(),
+                    Some(why) => paint(BAD, &format!("not put right: {}", clean(why))),
+                };
+                format!("{} ({} ago) {}: {}; {end}", time(r.at), ago(r.at, *at), clean(&r.what), clean(&r.found))
+            })
+            .collect();
+        s.list("tampering", &lines);
     }
     s.line("gate", &format!("{}: {}", clean(&gate.name), clean(&gate.why)));
     let full =

@@ -211,6 +211,33 @@ pub struct Absence {
     pub behaviour: String,
 }
 
+/// Something in the kernel was not as the agent had left it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Repair {
+    /// When it was found.
+    pub at: Timestamp,
+    /// `hook connect4`, `map CGROUPS`.
+    pub what: String,
+    /// What was found instead.
+    pub found: String,
+    /// Why it is still so; absent = it is as it should be again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left: Option<String>,
+}
+
+/// A program of somebody else at one of our places.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Neighbour {
+    /// `connect4`.
+    pub hook: String,
+    /// The kernel's number of the program.
+    pub program: u32,
+    /// As its author named it.
+    pub name: String,
+    /// It runs after ours and can lift a refusal of `connect` and `sendmsg`.
+    pub after_ours: bool,
+}
+
 /// A way around the firewall that this host does not close.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Uncovered {
@@ -271,6 +298,12 @@ pub struct StatusReport {
     pub uncovered: Vec<Uncovered>,
     /// What happens when something is not there.
     pub absence: Vec<Absence>,
+    /// What was found changed in the kernel, the newest last.
+    #[serde(default)]
+    pub repairs: Vec<Repair>,
+    /// Programs of others where ours sit.
+    #[serde(default)]
+    pub neighbours: Vec<Neighbour>,
     /// The process.
     pub agent: AgentReport,
 }
@@ -753,6 +786,8 @@ pub(crate) mod tests {
                 consequence: "a process with CAP_NET_RAW can send and read frames past every hook".to_owned(),
             }],
             absence: vec![Absence { when: "agent gone".to_owned(), behaviour: "lastKnownGood".to_owned() }],
+            repairs: Vec::new(),
+            neighbours: Vec::new(),
             agent: AgentReport {
                 pid: 812,
                 version: "0.1.0".to_owned(),

@@ -5,7 +5,8 @@
 
 use super::{Datapath, Error, sys};
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// One place where a program sits.
@@ -60,6 +61,8 @@ pub enum Outcome {
     Adopted,
     /// The link was there and now runs this build's program.
     Replaced,
+    /// A link was pinned, but it was detached or sat elsewhere: a new one took its place.
+    Restored,
 }
 
 /// A pinned link as it is in the kernel.
@@ -81,8 +84,13 @@ impl Datapath {
         let pin = self.dir.join(format!("link-{}", hook.program));
         let program = self.program(hook.program)?;
         let describe = |what: &str| format!("{what} {} (attach type {})", hook.program, hook.attach_type);
+        let mut outcome = Outcome::Attached;
         if let Some(link) = sys::get(&pin).map_err(|e| Error::sys(describe("open the link of"), e))? {
-            return self.adopt(link.as_fd(), hook.program);
+            let here = cgroup.metadata().map_err(|e| Error::sys(describe("read the cgroup for"), e))?.ino();
+            if sys::link_info(link.as_fd()).is_ok_and(|info| info.cgroup == here) {
+                return self.adopt(link.as_fd(), hook.program);
+            }
+            outcome = Outcome::Restored;
         }
         let link = sys::link_create(program, cgroup.as_raw_fd() as u32, hook.attach_type, 0).map_err(|e| {
             let hint = match e.raw_os_error() {
@@ -94,11 +102,11 @@ impl Datapath {
             };
             Error::sys(format!("{}{hint}", describe("attach")), e)
         })?;
-        sys::pin(link.as_fd(), &pin).map_err(|e| Error::sys(describe("pin the link of"), e))?;
-        Ok(Outcome::Attached)
+        pin_over(link.as_fd(), &pin).map_err(|e| Error::sys(describe("pin the link of"), e))?;
+        Ok(outcome)
     }
 
-    fn adopt(&self, link: std::os::fd::BorrowedFd<'_>, name: &str) -> Result<Outcome, Error> {
+    fn adopt(&self, link: BorrowedFd<'_>, name: &str) -> Result<Outcome, Error> {
         let describe = |what: &str| format!("{what} {name}");
         let program = self.program(name)?;
         let have = sys::link_info(link).map_err(|e| Error::sys(describe("read the link of"), e))?;
@@ -113,15 +121,20 @@ impl Datapath {
     /// Attaches the outer wall to an interface of the agent's own network namespace, native mode only.
     pub fn attach_xdp(&self, interface: &str) -> Result<Outcome, Error> {
         let pin = self.dir.join(format!("link-xdp-{interface}"));
-        if let Some(link) = sys::get(&pin).map_err(|e| Error::sys(format!("open the XDP link of {interface}"), e))? {
-            return self.adopt(link.as_fd(), "outer_wall");
-        }
         let index = nix::net::if_::if_nametoindex(interface)
             .map_err(|e| Error::sys(format!("interface {interface}"), std::io::Error::from(e)))?;
+        let mut outcome = Outcome::Attached;
+        if let Some(link) = sys::get(&pin).map_err(|e| Error::sys(format!("open the XDP link of {interface}"), e))? {
+            // For a link of this kind the kernel says the interface where it says the cgroup of others; 0 = it is gone.
+            if sys::link_info(link.as_fd()).is_ok_and(|info| info.cgroup as u32 == index) {
+                return self.adopt(link.as_fd(), "outer_wall");
+            }
+            outcome = Outcome::Restored;
+        }
         let link = sys::link_create(self.program("outer_wall")?, index, BPF_XDP, XDP_FLAGS_DRV_MODE)
             .map_err(|e| Error::sys(format!("attach XDP to {interface} (native mode)"), e))?;
-        sys::pin(link.as_fd(), &pin).map_err(|e| Error::sys(format!("pin the XDP link of {interface}"), e))?;
-        Ok(Outcome::Attached)
+        pin_over(link.as_fd(), &pin).map_err(|e| Error::sys(format!("pin the XDP link of {interface}"), e))?;
+        Ok(outcome)
     }
 
     /// Attaches the watch of cgroups being made. A link of this kind cannot be given another program, so the new one is
@@ -146,14 +159,7 @@ impl Datapath {
         let perf = sys::tracepoint_open(id).map_err(|e| event("open", e))?;
         let link = sys::link_create(self.program(CGROUP_MADE)?, perf.as_raw_fd() as u32, BPF_PERF_EVENT, 0)
             .map_err(|e| event("attach to", e))?;
-        let aside = self.dir.join(format!("link-{CGROUP_MADE}-new"));
-        let io = |source| Error::Io { what: "cannot replace", path: pin.display().to_string(), source };
-        match std::fs::remove_file(&aside) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(e)),
-            Ok(()) | Err(_) => {}
-        }
-        sys::pin(link.as_fd(), &aside).map_err(|e| event("pin the link to", e))?;
-        std::fs::rename(&aside, &pin).map_err(io)
+        pin_over(link.as_fd(), &pin).map_err(|e| event("pin the link to", e))
     }
 
     /// Takes the egress hook away. The one place besides [`remove`] that ends a link: only while nothing in
@@ -198,6 +204,19 @@ impl Datapath {
         });
         Ok(states)
     }
+}
+
+/// Pins an object in the place of whatever is pinned there: beside it first, so that there is no moment without one.
+pub(super) fn pin_over(object: BorrowedFd<'_>, at: &Path) -> std::io::Result<()> {
+    let mut aside = at.as_os_str().to_owned();
+    aside.push("-new");
+    let aside = Path::new(&aside);
+    match std::fs::remove_file(aside) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+        Ok(()) | Err(_) => {}
+    }
+    sys::pin(object, aside)?;
+    std::fs::rename(aside, at)
 }
 
 /// Removes every pin below `pin_dir`: the links go with them, and nothing is enforced any more. For uninstall and tests.

@@ -84,6 +84,29 @@ impl Datapath {
         Ok(new)
     }
 
+    /// Numbers of the inner maps of a slot: the maps are frozen, so the same numbers are the same tables.
+    pub fn inner_maps(&self, slot: u32) -> Result<Vec<u32>, Error> {
+        let id = |name: &str| -> Result<u32, Error> {
+            let open = |e| Error::sys(format!("open slot {slot} of {name}"), e);
+            let Some(map) = sys::outer_get(self.map(name)?, slot).map_err(open)? else { return Ok(0) };
+            sys::map_info(map.as_fd()).map(|info| info.id).map_err(open)
+        };
+        OUTER.iter().map(|name| id(name)).collect()
+    }
+
+    /// The word of `control::FLAGS`.
+    pub fn host_flags(&self) -> Result<u64, Error> {
+        let word = sys::map_lookup::<u32, u64>(self.map("CONTROL")?, &control::FLAGS);
+        Ok(word.map_err(|e| Error::sys("read CONTROL", e))?.unwrap_or(0))
+    }
+
+    /// Makes the word that says what is in force say so again.
+    pub fn restore_active(&self, active: Active) -> Result<Active, Error> {
+        let next = Active { generation: next(active.generation), slot: active.slot };
+        self.set_active(next)?;
+        Ok(next)
+    }
+
     /// What the kernel holds in a slot, as tables (without the names, which it never sees).
     pub fn read_back(&self, slot: u32) -> Result<Tables, Error> {
         let open = |name: &str| -> Result<OwnedFd, Error> {

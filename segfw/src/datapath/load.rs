@@ -7,6 +7,7 @@ use segfw_common::ABI_VERSION;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The object that build.rs made.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/segfw-ebpf"));
@@ -36,6 +37,14 @@ pub const PINNED_MAPS: [&str; 20] = [
     "BUDGET",
 ];
 
+static LATER: AtomicU32 = AtomicU32::new(0);
+
+/// Makes this process a build with a later layout, for tests of upgrade and downgrade.
+#[doc(hidden)]
+pub fn pretend_later_layout() {
+    LATER.store(1, Ordering::Relaxed);
+}
+
 /// The programs and maps of this build in the kernel. Dropping it detaches nothing: links belong to their pins.
 pub struct Datapath {
     ebpf: Ebpf,
@@ -52,7 +61,7 @@ pub fn layout_dir(pin_dir: &Path, abi: u32) -> PathBuf {
 impl Datapath {
     /// Opens or makes all maps below `pin_dir` and loads all programs. Nothing is attached yet.
     pub fn load(pin_dir: &Path) -> Result<Self, Error> {
-        Self::load_as(pin_dir, ABI_VERSION)
+        Self::load_as(pin_dir, ABI_VERSION + LATER.load(Ordering::Relaxed))
     }
 
     /// [`Datapath::load`] under another layout number, for tests of the change from one layout to the next.

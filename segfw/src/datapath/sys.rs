@@ -6,7 +6,7 @@
 use std::ffi::CString;
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -17,6 +17,8 @@ const BPF_MAP_DELETE_ELEM: u32 = 3;
 const BPF_MAP_GET_NEXT_KEY: u32 = 4;
 const BPF_OBJ_PIN: u32 = 6;
 const BPF_OBJ_GET: u32 = 7;
+const BPF_PROG_GET_FD_BY_ID: u32 = 13;
+const BPF_PROG_QUERY: u32 = 16;
 const BPF_OBJ_GET_INFO_BY_FD: u32 = 15;
 const BPF_MAP_GET_FD_BY_ID: u32 = 14;
 const BPF_MAP_FREEZE: u32 = 22;
@@ -357,6 +359,26 @@ pub fn program_info(program: BorrowedFd<'_>) -> io::Result<ProgramInfo> {
     let mut tag = [0u8; 8];
     tag.copy_from_slice(&raw[8..16]);
     Ok(ProgramInfo { id: word(&raw, 4), tag, instructions: word(&raw, 20) / 8, verified: word(&raw, 216) })
+}
+
+/// Numbers of the programs that sit at one place of a cgroup itself, in the order in which they run. At most 64, the
+/// kernel's limit.
+pub fn programs_at(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u32>> {
+    let mut ids = [0u32; 64];
+    let mut attr =
+        Attr::new().u32(0, fd(cgroup)).u32(4, attach_type).u64(16, ids.as_mut_ptr() as u64).u32(24, ids.len() as u32);
+    let _ = attr.call(BPF_PROG_QUERY)?;
+    Ok(ids.iter().take(attr.read_u32(24) as usize).copied().collect())
+}
+
+/// Name of a program (`bpf_prog_info.name`), as its author gave it.
+pub fn program_name(id: u32) -> io::Result<String> {
+    let program = Attr::new().u32(0, id).call_fd(BPF_PROG_GET_FD_BY_ID)?;
+    let mut raw = [0u8; 232];
+    info(program.as_fd(), &mut raw)?;
+    let name = &raw[64..80];
+    let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
+    Ok(String::from_utf8_lossy(&name[..end]).into_owned())
 }
 
 /// What a map is (`struct bpf_map_info`).

@@ -6,7 +6,7 @@
 use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::ffi::{CString, OsStr, OsString};
+use std::ffi::{CString, OsString};
 use std::io::{self, PipeWriter};
 use std::ops::Bound;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -192,15 +192,36 @@ pub fn handle_id_of(directory: &Path) -> io::Result<u64> {
     Ok(u64::from_ne_bytes(handle.id))
 }
 
-/// Name of the systemd unit a cgroup belongs to: the last component that ends like one. `foo.socket` and
-/// `foo.service` are two cgroups, and two units.
-pub fn unit(cgroup: &Path) -> Option<&str> {
-    let is_unit = |name: &&str| {
-        [".service", ".socket", ".scope", ".slice"]
-            .iter()
-            .any(|end| name.strip_suffix(end).is_some_and(|n| !n.is_empty()))
-    };
-    cgroup.iter().rev().filter_map(OsStr::to_str).find(is_unit)
+/// A systemd unit, by its cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unit<'a> {
+    /// Such as `web.service`.
+    pub name: &'a str,
+    /// Number of the user whose manager made it; `None` = the system's.
+    pub uid: Option<u32>,
+}
+
+/// The unit that a cgroup is: slices from the root on, and then the unit (systemd, `CGROUP_DELEGATION.md`); for a user's
+/// manager the same below `user@UID.service`. What lies below a unit is none, whatever its name: a service to which its
+/// subtree was delegated, and a container, can make cgroups of any name.
+pub fn unit(cgroup: &Path) -> Option<Unit<'_>> {
+    let names: Vec<&str> = cgroup.iter().skip(1).map(|n| n.to_str().unwrap_or_default()).collect();
+    let ends = |name: &str, end: &str| name.strip_suffix(end).is_some_and(|n| !n.is_empty());
+    let mut uid = None;
+    for (index, name) in names.iter().enumerate() {
+        let last = index + 1 == names.len();
+        if ends(name, ".slice") && !last {
+            continue;
+        }
+        let manager = name.strip_prefix("user@").and_then(|n| n.strip_suffix(".service")).and_then(|n| n.parse().ok());
+        if !last && uid.is_none() && manager.is_some() {
+            uid = manager;
+            continue;
+        }
+        let is_unit = [".service", ".socket", ".scope", ".slice"].iter().any(|end| ends(name, end));
+        return (last && is_unit).then_some(Unit { name, uid });
+    }
+    None
 }
 
 /// One change of the tree. A parent appears before its children and goes after them.
@@ -579,16 +600,28 @@ mod tests {
     #[test]
     fn units() {
         for (path, expected) in [
-            ("/system.slice/web.service", Some("web.service")),
-            ("/system.slice/web.socket", Some("web.socket")),
-            ("/system.slice/web.service/workers/7", Some("web.service")),
-            ("/user.slice/user-0.slice/session-1.scope", Some("session-1.scope")),
-            ("/kubepods.slice/pod1", Some("kubepods.slice")),
+            ("/system.slice/web.service", Some(("web.service", None))),
+            ("/system.slice/web.socket", Some(("web.socket", None))),
+            ("/system.slice/system-pg.slice/pg@1.service", Some(("pg@1.service", None))),
+            ("/init.scope", Some(("init.scope", None))),
+            ("/system.slice", Some(("system.slice", None))),
+            ("/system.slice/web.service/workers/7", None),
+            // Somebody's own cgroup with the name of another's unit.
+            ("/system.slice/web.service/sshd.service", None),
+            ("/system.slice/docker-0123.scope/system.slice/sshd.service", None),
+            ("/user.slice/user-0.slice/session-1.scope", Some(("session-1.scope", None))),
+            ("/user.slice/user-7.slice/user@7.service", Some(("user@7.service", None))),
+            ("/user.slice/user-7.slice/user@7.service/app.slice/web.service", Some(("web.service", Some(7)))),
+            ("/user.slice/user-7.slice/user@7.service/init.scope", Some(("init.scope", Some(7)))),
+            ("/user.slice/user-7.slice/user@7.service/app.slice/web.service/sshd.service", None),
+            ("/user.slice/user-7.slice/user@7.service/app.slice/user@0.service/sshd.service", None),
+            ("/kubepods.slice/pod1", None),
             ("/docker/0123", None),
             ("/a/.service", None),
             ("/", None),
         ] {
-            assert_eq!(unit(Path::new(path)), expected, "{path}");
+            let found = unit(Path::new(path)).map(|u| (u.name, u.uid));
+            assert_eq!(found, expected, "{path}");
         }
     }
 

@@ -990,6 +990,12 @@ impl Emitter<'_> {
                 .entry(*identity)
                 .or_insert(LocalEntry { flags: LocalEntry::OPEN, ..LocalEntry::default() });
         }
+        let refuse = LocalEntry {
+            default: [Action::Deny as u8; 2],
+            default_reason: Reason::SegmentDefault as u8,
+            ..LocalEntry::default()
+        };
+        let _ = tables.locals.insert(Identity::CANARY, refuse);
         self.check(&tables, &out)?;
         if let Some(horizon) = out.horizon {
             // Half way: late enough to be rare, early enough for an agent that is down for a while.

@@ -2,6 +2,7 @@
 //!
 //! What needs a second document to judge (is there such a segment?) is the business of `resolve`.
 
+use super::container::Kind;
 use super::host_policy::{
     Labels, Members, OnRevoke, PortSpec, Position, Requirement, RuleAction, Schedule, Selector, Tier,
 };
@@ -27,6 +28,9 @@ const LAST_PRIORITY: u16 = 1000;
 const DRAIN_S_MAX: u64 = 30 * 86_400;
 /// Matchers of one Workload. Each is a pattern to compile, and to try on every new cgroup.
 const MATCHERS: usize = 1_024;
+
+/// Bytes of the key of a container's label: what a Kubernetes label may have, `prefix/name`.
+const LABEL_KEY_BYTES: usize = 253 + 1 + LABEL_CHARS;
 
 const TIERS: [(&str, Tier); 5] = [
     ("emergency", Tier::Emergency),
@@ -111,20 +115,20 @@ pub struct WorkloadDoc {
 
 #[derive(Clone, Debug)]
 pub enum Matcher {
+    /// A unit of the system's manager.
     SystemdUnit(Glob),
+    /// A unit of a user's manager. The user is named, since each can give their units any name.
+    SystemdUserUnit { unit: Glob, user: Glob },
     /// The path of the cgroup from its root, beginning with `/`.
     Cgroup(Glob),
-    /// At least one of the two is there.
-    Container {
-        image: Option<Glob>,
-        name: Option<Glob>,
-    },
-    /// At least one of the two is there.
-    Pod {
-        namespace: Option<String>,
-        labels: Labels,
-    },
+    /// At least one of them is there, and all that are there hold.
+    Container { image: Option<Glob>, name: Option<Glob>, runtime: Option<Kind>, labels: LabelGlobs },
+    /// At least one of them is there, and all that are there hold.
+    Pod { namespace: Option<String>, name: Option<Glob>, labels: LabelGlobs },
 }
+
+/// Labels that a container or pod must have, each with a value that the glob matches.
+pub type LabelGlobs = Vec<(String, Glob)>;
 
 #[derive(Clone, Debug)]
 pub struct SegmentDoc {
@@ -637,17 +641,23 @@ impl<'r> Reader<'r> {
     }
 
     fn matcher(&mut self, node: &Node) -> Option<At<Matcher>> {
-        let fields = self.fields(node, "a matcher", &["systemdUnit", "cgroup", "container", "pod"])?;
+        let fields =
+            self.fields(node, "a matcher", &["systemdUnit", "systemdUserUnit", "cgroup", "container", "pod"])?;
         let [(key, value)] = fields.entries.as_slice() else {
-            let why = "each has exactly one of systemdUnit, cgroup, container, pod";
+            let why = "each has exactly one of systemdUnit, systemdUserUnit, cgroup, container, pod";
             if !fields.entries.is_empty() || matches!(&node.value, Value::Map(m) if m.is_empty()) {
                 let _ = self.say(node, format!("a matcher has {} keys", fields.entries.len()), why);
             }
             return None;
         };
-        let later = "it matches nothing: this version of segfw does not discover containers yet";
         let value = match *key {
             "systemdUnit" => Matcher::SystemdUnit(self.glob(value, "systemdUnit", false)?),
+            "systemdUserUnit" => {
+                let fields = self.fields(value, "systemdUserUnit", &["unit", "user"])?;
+                let unit = self.required(&fields, "unit").and_then(|n| self.glob(n, "unit", false));
+                let user = self.required(&fields, "user").and_then(|n| self.glob(n, "user", false));
+                Matcher::SystemdUserUnit { unit: unit?, user: user? }
+            }
             "cgroup" => {
                 let glob = self.glob(value, "cgroup", true)?;
                 if !glob.text.starts_with('/') {
@@ -662,40 +672,68 @@ impl<'r> Reader<'r> {
                 }
                 Matcher::Cgroup(glob)
             }
-            "container" => {
-                let fields = self.fields(value, "container", &["image", "name"])?;
-                let image = fields.get("image").map(|n| self.glob(n, "image", false));
-                let name = fields.get("name").map(|n| self.glob(n, "name", false));
-                if image.is_none() && name.is_none() {
-                    let _ = self.say(value, "container says nothing", "it has an image, a name, or both");
-                    return None;
-                }
-                let _ = self.tell(Problem::warning(
-                    node.at(self.file),
-                    "the container matcher is not supported yet",
-                    later,
-                ));
-                Matcher::Container {
-                    image: image.map_or(Some(None), |i| i.map(Some))?,
-                    name: name.map_or(Some(None), |n| n.map(Some))?,
-                }
-            }
-            _ => {
-                let fields = self.fields(value, "pod", &["namespace", "labels"])?;
-                let namespace = fields.get("namespace").map(|n| self.name(n, "namespace"));
-                let labels = fields.get("labels").map(|n| self.labels(n, "labels"));
-                if namespace.is_none() && labels.is_none() {
-                    let _ = self.say(value, "pod says nothing", "it has a namespace, labels, or both");
-                    return None;
-                }
-                let _ = self.tell(Problem::warning(node.at(self.file), "the pod matcher is not supported yet", later));
-                Matcher::Pod {
-                    namespace: namespace.map_or(Some(None), |n| n.map(Some))?,
-                    labels: labels.unwrap_or(Some(Labels::new()))?,
-                }
-            }
+            "container" => self.container(value)?,
+            _ => self.pod(value)?,
         };
         Some(At { value, at: node.at(self.file) })
+    }
+
+    fn container(&mut self, node: &Node) -> Option<Matcher> {
+        let fields = self.fields(node, "container", &["image", "name", "runtime", "labels"])?;
+        if fields.entries.is_empty() {
+            let _ = self.say(node, "container says nothing", "it has at least one of image, name, runtime, labels");
+            return None;
+        }
+        // All four before any of them may end it, so that every mistake is said.
+        let image = fields.get("image").map(|n| self.glob(n, "image", false));
+        let name = fields.get("name").map(|n| self.glob(n, "name", false));
+        let runtime = fields.get("runtime").map(|n| self.word(n, "runtime", &Kind::WORDS));
+        let labels = fields.get("labels").map(|n| self.label_globs(n));
+        Some(Matcher::Container {
+            image: image.map_or(Some(None), |i| i.map(Some))?,
+            name: name.map_or(Some(None), |n| n.map(Some))?,
+            runtime: runtime.map_or(Some(None), |r| r.map(Some))?,
+            labels: labels.unwrap_or(Some(LabelGlobs::new()))?,
+        })
+    }
+
+    fn pod(&mut self, node: &Node) -> Option<Matcher> {
+        let fields = self.fields(node, "pod", &["namespace", "name", "labels"])?;
+        if fields.entries.is_empty() {
+            let _ = self.say(node, "pod says nothing", "it has at least one of namespace, name, labels");
+            return None;
+        }
+        let namespace = fields.get("namespace").map(|n| self.name(n, "namespace"));
+        let name = fields.get("name").map(|n| self.glob(n, "name", false));
+        let labels = fields.get("labels").map(|n| self.label_globs(n));
+        Some(Matcher::Pod {
+            namespace: namespace.map_or(Some(None), |n| n.map(Some))?,
+            name: name.map_or(Some(None), |n| n.map(Some))?,
+            labels: labels.unwrap_or(Some(LabelGlobs::new()))?,
+        })
+    }
+
+    /// Labels of containers and pods: those of containers may have any key, and values are globs.
+    fn label_globs(&mut self, node: &Node) -> Option<LabelGlobs> {
+        let entries = self.entries(node, "labels")?;
+        if entries.is_empty() {
+            let _ = self.say(node, "labels is an empty map", "empty never means all");
+            return None;
+        }
+        let count = entries.len();
+        let globs: LabelGlobs = entries
+            .into_iter()
+            .filter_map(|(text, key, value)| {
+                let long = text.text.is_empty() || text.text.len() > LABEL_KEY_BYTES;
+                if long {
+                    let why = format!("the label of a container has 1 to {LABEL_KEY_BYTES} bytes");
+                    let _ = self.say(key, "bad label key", why);
+                }
+                let glob = self.glob(value, "a label value", false);
+                (!long).then_some((text.text.clone(), glob?))
+            })
+            .collect();
+        (globs.len() == count).then_some(globs)
     }
 
     fn glob(&mut self, node: &Node, what: &str, path: bool) -> Option<Glob> {

@@ -415,6 +415,10 @@ spec:
     - container: {image: "*/postgres:*"}
     - pod: {namespace: payments, labels: {app: db}}
     - podd: {}
+    - container: {image: "", runtime: dockr, labels: {}}
+    - container: {labels: {"any key: at all": "v*", "": "["}}
+    - pod: {}
+    - pod: {namespace: "a*", labels: {app: ""}, image: x}
   labels: {app: "a,b=c", "k=v": x}
 ---
 apiVersion: segfw.dev/v1
@@ -426,17 +430,25 @@ spec: {match: [], labels: {}}
             a.yaml:6:20: error: bad glob "a[" (unclosed character class; missing ']')
             a.yaml:7:15: error: the cgroup "system.slice/x" does not begin with / (paths are from the root of the cgroup tree)
               help: write "/system.slice/x"
-            a.yaml:8:7: error: a matcher has 0 keys (each has exactly one of systemdUnit, cgroup, container, pod)
-            a.yaml:9:7: error: a matcher has 2 keys (each has exactly one of systemdUnit, cgroup, container, pod)
-            a.yaml:10:18: error: container says nothing (it has an image, a name, or both)
-            a.yaml:11:7: warning: the container matcher is not supported yet (it matches nothing: this version of segfw does not discover containers yet)
-            a.yaml:12:7: warning: the pod matcher is not supported yet (it matches nothing: this version of segfw does not discover containers yet)
-            a.yaml:13:7: error: unknown key "podd" (a matcher has systemdUnit, cgroup, container, pod)
+            a.yaml:8:7: error: a matcher has 0 keys (each has exactly one of systemdUnit, systemdUserUnit, cgroup, container, pod)
+            a.yaml:9:7: error: a matcher has 2 keys (each has exactly one of systemdUnit, systemdUserUnit, cgroup, container, pod)
+            a.yaml:10:18: error: container says nothing (it has at least one of image, name, runtime, labels)
+            a.yaml:13:7: error: unknown key "podd" (a matcher has systemdUnit, systemdUserUnit, cgroup, container, pod)
               help: did you mean "pod"?
-            a.yaml:14:17: error: bad label value "a,b=c" (a label value has at most 63 letters, digits, '-', '_' or '.', and begins and ends with a letter or digit)
-            a.yaml:14:26: error: bad label key "k=v" (a label key has 1 to 63 letters, digits, '-', '_' or '.', and begins and ends with a letter or digit)
-            a.yaml:19:15: error: match is an empty list (empty never means all)
-            a.yaml:19:27: error: labels is an empty map (empty never means all)
+            a.yaml:14:26: error: bad glob "" (empty never means all: write "*")
+            a.yaml:14:39: error: unknown runtime "dockr" (known: containerd, cri-o, docker, podman)
+              help: did you mean "docker"?
+            a.yaml:14:54: error: labels is an empty map (empty never means all)
+            a.yaml:15:53: error: bad label key (the label of a container has 1 to 317 bytes)
+            a.yaml:15:57: error: bad glob "[" (unclosed character class; missing ']')
+            a.yaml:16:12: error: pod says nothing (it has at least one of namespace, name, labels)
+            a.yaml:17:24: error: bad namespace "a*" (a name has 1 to 63 letters, digits, '-', '_' or '.', and begins and ends with a letter or digit)
+            a.yaml:17:44: error: bad glob "" (empty never means all: write "*")
+            a.yaml:17:49: error: unknown key "image" (pod has namespace, name, labels)
+            a.yaml:18:17: error: bad label value "a,b=c" (a label value has at most 63 letters, digits, '-', '_' or '.', and begins and ends with a letter or digit)
+            a.yaml:18:26: error: bad label key "k=v" (a label key has 1 to 63 letters, digits, '-', '_' or '.', and begins and ends with a letter or digit)
+            a.yaml:23:15: error: match is an empty list (empty never means all)
+            a.yaml:23:27: error: labels is an empty map (empty never means all)
         "#]],
     );
 }

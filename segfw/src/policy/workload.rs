@@ -1,6 +1,7 @@
 //! Which Workload documents a cgroup belongs to, and which labels that gives it.
 
-use super::document::{Matcher, WorkloadDoc};
+use super::container::{ContainerFacts, PodFacts};
+use super::document::{LabelGlobs, Matcher, WorkloadDoc};
 use super::host_policy::{Labels, Position};
 use super::problem::{Problem, quote};
 use std::collections::BTreeMap;
@@ -41,17 +42,87 @@ impl Glob {
 pub struct CgroupFacts {
     /// From the root of the cgroup tree, such as `/system.slice/nginx.service`.
     pub path: String,
-    /// The systemd unit, such as `nginx.service`.
-    pub unit: Option<String>,
+    /// The systemd unit that the cgroup is.
+    pub unit: Option<UnitFacts>,
+    /// The container whose cgroup it is, or is in.
+    pub container: Option<ContainerFacts>,
+    /// The pod whose cgroup it is, or is in; that of the container if `None`.
+    pub pod: Option<PodFacts>,
+}
+
+impl CgroupFacts {
+    /// The pod, by itself or by its container.
+    pub fn pod(&self) -> Option<&PodFacts> {
+        self.pod.as_ref().or_else(|| self.container.as_ref()?.pod.as_ref())
+    }
+}
+
+/// A systemd unit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnitFacts {
+    /// Such as `nginx.service`.
+    pub name: String,
+    /// Of whose manager; `None` = of the system's.
+    pub user: Option<UserFacts>,
+}
+
+/// A user with a systemd of their own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UserFacts {
+    pub uid: u32,
+    /// `None` = the user database does not know the number.
+    pub name: Option<String>,
+}
+
+impl UnitFacts {
+    /// Of the system's manager.
+    pub fn system(name: &str) -> Self {
+        Self { name: name.to_owned(), user: None }
+    }
+
+    /// Does a pattern for services mean this unit? A socket unit is its service: systemd makes the listener in the cgroup
+    /// of `foo.socket`, and what `foo.service` accepts from it stays there. With `Accept=yes` the service is a template.
+    fn is(&self, glob: &Glob) -> bool {
+        if glob.matches(&self.name) {
+            return true;
+        }
+        let Some(socket) = self.name.strip_suffix(".socket") else { return false };
+        glob.matches(&format!("{socket}.service")) || glob.matches(&format!("{socket}@.service"))
+    }
+}
+
+/// True where there is no glob, or it matches. What is not known matches nothing, not even `*`.
+fn holds(glob: Option<&Glob>, text: &str) -> bool {
+    glob.is_none_or(|glob| !text.is_empty() && glob.matches(text))
+}
+
+/// Every label is there, with a value that its glob matches.
+fn have(globs: &LabelGlobs, labels: &BTreeMap<String, String>) -> bool {
+    globs.iter().all(|(key, glob)| labels.get(key).is_some_and(|value| glob.matches(value)))
 }
 
 impl WorkloadDoc {
     pub fn is_match(&self, facts: &CgroupFacts) -> bool {
         self.matches.iter().any(|m| match &m.value {
-            Matcher::SystemdUnit(glob) => facts.unit.as_deref().is_some_and(|unit| glob.matches(unit)),
+            Matcher::SystemdUnit(glob) => facts.unit.as_ref().is_some_and(|unit| unit.user.is_none() && unit.is(glob)),
+            Matcher::SystemdUserUnit { unit: glob, user } => facts.unit.as_ref().is_some_and(|unit| {
+                let of = |u: &UserFacts| {
+                    user.matches(&u.uid.to_string()) || u.name.as_deref().is_some_and(|n| user.matches(n))
+                };
+                unit.is(glob) && unit.user.as_ref().is_some_and(of)
+            }),
             Matcher::Cgroup(glob) => glob.matches(&facts.path),
-            // Containers are not discovered yet; the parser warned.
-            Matcher::Container { .. } | Matcher::Pod { .. } => false,
+            Matcher::Container { image, name, runtime, labels } => facts.container.as_ref().is_some_and(|c| {
+                image.as_ref().is_none_or(|glob| c.image_names().any(|name| glob.matches(name)))
+                    && holds(name.as_ref(), &c.name)
+                    && runtime.is_none_or(|kind| kind == c.runtime)
+                    && have(labels, &c.labels)
+            }),
+            Matcher::Pod { namespace, name, labels } => facts.pod().is_some_and(|pod| {
+                namespace.as_ref().is_none_or(|n| *n == pod.namespace)
+                    && holds(name.as_ref(), &pod.name)
+                    && have(labels, &pod.labels)
+            }),
         })
     }
 }
@@ -115,7 +186,10 @@ pub fn managed_parents(docs: &[WorkloadDoc]) -> Vec<String> {
         .flat_map(|d| &d.matches)
         .filter_map(|m| match &m.value {
             Matcher::Cgroup(glob) => Some(glob.text.as_str()),
-            Matcher::SystemdUnit(_) | Matcher::Container { .. } | Matcher::Pod { .. } => None,
+            Matcher::SystemdUnit(_)
+            | Matcher::SystemdUserUnit { .. }
+            | Matcher::Container { .. }
+            | Matcher::Pod { .. } => None,
         })
         .filter(|text| text.rsplit('/').next().is_some_and(|last| last.contains(wild)))
         .filter_map(|text| {
@@ -132,6 +206,7 @@ pub fn managed_parents(docs: &[WorkloadDoc]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::container::Kind;
     use crate::policy::document::{Document, parse};
 
     fn docs(text: &str) -> Vec<WorkloadDoc> {
@@ -157,6 +232,10 @@ mod tests {
             (r#"systemdUnit: "postgresql@*.service""#, "/x", Some("postgresql@15-main.service"), true),
             (r#"systemdUnit: "postgresql@*.service""#, "/x", Some("postgresql.service"), false),
             (r#"systemdUnit: "*""#, "/x", None, false),
+            ("systemdUnit: web.service", "/x", Some("web.socket"), true),
+            (r#"systemdUnit: "web@*.service""#, "/x", Some("web.socket"), true),
+            ("systemdUnit: web.service", "/x", Some("webx.socket"), false),
+            ("systemdUserUnit: {unit: web.service, user: root}", "/x", Some("web.service"), false),
             (r#"cgroup: "/machine.slice/pg-*""#, "/machine.slice/pg-1", None, true),
             (r#"cgroup: "/machine.slice/pg-*""#, "/machine.slice/pg-1/child", None, false),
             (r#"cgroup: "/machine.slice/pg-*""#, "/machine.slice/pgx", None, false),
@@ -166,8 +245,63 @@ mod tests {
             (r#"cgroup: "/a/{b,c}""#, "/a/c", None, true),
         ] {
             let docs = docs(&doc("w", matcher, "app: w"));
-            let facts = CgroupFacts { path: path.into(), unit: unit.map(Into::into) };
+            let facts = CgroupFacts { path: path.into(), unit: unit.map(UnitFacts::system), ..CgroupFacts::default() };
             assert_eq!(labels_for(&docs, &facts, &Labels::new()).is_some(), hit, "{matcher} {path}");
+        }
+    }
+
+    #[test]
+    fn containers_and_pods_hit_and_miss() {
+        let mut container = ContainerFacts::new(Kind::Docker, "1".into(), 0);
+        container.name = "shop-db-1".into();
+        container.image = "docker.io/library/postgres:16".into();
+        container.aliases = vec!["corp.example/pg:1".into()];
+        container.labels = [("com.docker.compose.service", "db"), ("note", "a b"), ("flag", "")]
+            .map(|(k, v)| (k.into(), v.into()))
+            .into();
+        let pod = PodFacts {
+            namespace: "payments".into(),
+            name: "db-0".into(),
+            uid: "u".into(),
+            labels: [("app".into(), "payments-db".into())].into(),
+        };
+        let in_pod = ContainerFacts {
+            name: "db".into(),
+            pod: Some(pod.clone()),
+            ..ContainerFacts::new(Kind::Containerd, "2".into(), 0)
+        };
+        let docker = CgroupFacts { container: Some(container), ..CgroupFacts::default() };
+        let kube = CgroupFacts { container: Some(in_pod), ..CgroupFacts::default() };
+        let slice = CgroupFacts { pod: Some(pod), ..CgroupFacts::default() };
+        // Who is matched: the container of Docker, the one in a pod, the pod's own cgroup.
+        for (matcher, hits) in [
+            (r#"container: {image: "*/postgres:*"}"#, [true, false, false]),
+            (r#"container: {image: "postgres:16"}"#, [true, false, false]),
+            (r#"container: {image: "postgres"}"#, [false, false, false]),
+            (r#"container: {image: "library/postgres:16"}"#, [false, false, false]),
+            (r#"container: {image: "corp.example/*"}"#, [true, false, false]),
+            // The image of the other is not known.
+            (r#"container: {image: "*"}"#, [true, false, false]),
+            (r#"container: {name: "*"}"#, [true, true, false]),
+            (r#"container: {name: "shop-db-[0-9]"}"#, [true, false, false]),
+            (r#"container: {name: "shop-db-[0-9]", image: "*/mysql:*"}"#, [false, false, false]),
+            (r#"container: {runtime: docker}"#, [true, false, false]),
+            (r#"container: {runtime: containerd}"#, [false, true, false]),
+            (r#"container: {labels: {com.docker.compose.service: db}}"#, [true, false, false]),
+            (r#"container: {labels: {note: "a *", flag: "*"}}"#, [true, false, false]),
+            (r#"container: {labels: {note: "a *", absent: "*"}}"#, [false, false, false]),
+            // A label of the pod is none of its container.
+            (r#"container: {labels: {app: payments-db}}"#, [false, false, false]),
+            (r#"pod: {namespace: payments}"#, [false, true, true]),
+            (r#"pod: {namespace: payments, labels: {app: payments-*}}"#, [false, true, true]),
+            (r#"pod: {namespace: payment}"#, [false, false, false]),
+            (r#"pod: {name: "db-*"}"#, [false, true, true]),
+            (r#"pod: {name: "db-*", labels: {app: web}}"#, [false, false, false]),
+        ] {
+            let docs = docs(&doc("w", matcher, "app: w"));
+            let found = [&docker, &kube, &slice].map(|f| labels_for(&docs, f, &Labels::new()).is_some());
+            assert_eq!(found, hits, "{matcher}");
+            assert!(labels_for(&docs, &CgroupFacts::default(), &Labels::new()).is_none());
         }
     }
 
@@ -175,7 +309,7 @@ mod tests {
     fn labels_merge_and_the_first_name_wins() {
         let docs =
             docs(&(doc("b", r#"cgroup: "/x/*""#, "app: b, tier: db") + &doc("a", r#"cgroup: "/x/y""#, "app: a")));
-        let facts = CgroupFacts { path: "/x/y".into(), unit: None };
+        let facts = CgroupFacts { path: "/x/y".into(), ..CgroupFacts::default() };
         let host = Labels::from([("zone".into(), "eu".into()), ("tier".into(), "host".into())]);
         let (name, labels) = labels_for(&docs, &facts, &host).unwrap();
         assert_eq!(
