@@ -5,12 +5,14 @@
 
 pub mod archive;
 mod backend;
+pub mod early;
 pub mod export;
 mod folder;
 mod guard;
 mod kernel;
 pub mod live;
 mod metrics;
+mod notify;
 pub mod registry;
 mod revise;
 pub mod revision;
@@ -186,6 +188,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
     let mut denials = tokio::time::interval(DENIALS);
     denials.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut survey_at = tokio::time::Instant::now() + SURVEY;
+    let mut notifier = notify::Notifier::new();
     let mut runtimes = Runtimes::new(&agent.core().config.runtimes);
     let (ask, mut asked) = mpsc::channel::<u64>(1);
     let (told, mut listings) = mpsc::channel(1);
@@ -222,9 +225,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
                 None => break Err(anyhow::anyhow!("the watch of the cgroup tree ended")),
             },
             _ = hangup.recv() => {
-                let agent = Arc::clone(&agent);
-                let _ = on_thread(move || agent.core().reload()).await;
+                notifier.reloading();
+                let core = Arc::clone(&agent);
+                let _ = on_thread(move || core.core().reload()).await;
+                notifier.tell(&agent);
             }
+            () = notifier.due() => notifier.tell(&agent),
             _ = look.tick() => {
                 shared.beat();
                 if folder.changed() {
@@ -273,6 +279,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
             }
         }
     };
+    notifier.stopping();
     drain.abort();
     inventory.abort();
     let _ = stop.send(true);

@@ -107,6 +107,15 @@ Examples:
   segfw agent --policy ./policies --monitor            judge and record, drop nothing
   segfw agent --policy ./policies --host-label zone=eu-1 --xdp eth0")]
     Agent(AgentArgs),
+    /// Put the last good revision in force without an agent, at boot (what segfw-early.service does)
+    #[command(after_help = "\
+Examples:
+  segfw load
+  segfw load --state-dir /var/lib/segfw --cgroup-root /sys/fs/cgroup/unified
+
+Loads what was in force last from the state folder, attaches it, pins it, and ends. The policy folder is not read.
+Where something is in force already nothing is changed.")]
+    Load(LoadArgs),
     /// What is enforced, since when, by which revision, and what is wrong
     #[command(after_help = "\
 Examples:
@@ -245,7 +254,7 @@ In VS Code with the YAML extension: \"yaml.schemas\": {\"./segfw-schema.json\": 
     Schema(pages::SchemaArgs),
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 struct AgentArgs {
     /// Settings; the command line wins over them [default: /etc/segfw/agent.yaml if it is there]
     #[arg(long, value_name = "FILE")]
@@ -276,9 +285,43 @@ struct AgentArgs {
     metrics: Option<std::net::SocketAddr>,
 }
 
+#[derive(Debug, Args)]
+struct LoadArgs {
+    /// Settings; the command line wins over them [default: /etc/segfw/agent.yaml if it is there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where programs and maps are pinned [default: /sys/fs/bpf/segfw]
+    #[arg(long, value_name = "PATH")]
+    pin_dir: Option<PathBuf>,
+    /// Where the last good revision was saved [default: /var/lib/segfw]
+    #[arg(long, value_name = "PATH")]
+    state_dir: Option<PathBuf>,
+    /// Mount point of the cgroup2 hierarchy [default: the first in /proc/self/mountinfo]
+    #[arg(long, value_name = "PATH")]
+    cgroup_root: Option<PathBuf>,
+}
+
+impl From<LoadArgs> for AgentArgs {
+    fn from(LoadArgs { config, pin_dir, state_dir, cgroup_root }: LoadArgs) -> Self {
+        Self { config, pin_dir, state_dir, cgroup_root, ..Self::default() }
+    }
+}
+
 impl AgentArgs {
-    /// What was typed, settled.
+    /// What was typed, settled, for an agent: there is a folder with a policy.
     fn settle(self, socket: PathBuf) -> Result<Config, CliError> {
+        let config = self.settle_host(socket)?;
+        if config.policy.as_os_str().is_empty() {
+            return Err(CliError::usage("no policy folder: give --policy DIR, or policy: in the settings"));
+        }
+        if !config.policy.is_dir() {
+            return Err(CliError::usage(format!("--policy {}: no such folder", config.policy.display())));
+        }
+        Ok(config)
+    }
+
+    /// What was typed, settled, whether there is a policy folder (else the path is empty) or not.
+    fn settle_host(self, socket: PathBuf) -> Result<Config, CliError> {
         let Self { config, policy, monitor, pin_dir, state_dir, cgroup_root, host_labels, xdp, metrics } = self;
         let settings = match config {
             Some(path) => Settings::read(&path).map_err(CliError::usage)?,
@@ -304,14 +347,8 @@ impl AgentArgs {
         }
         labels.extend(host_labels);
         let host_labels = config::host_labels(&labels).map_err(CliError::usage)?;
-        let policy = policy
-            .or(settings.policy)
-            .ok_or_else(|| CliError::usage("no policy folder: give --policy DIR, or policy: in the settings"))?;
-        if !policy.is_dir() {
-            return Err(CliError::usage(format!("--policy {}: no such folder", policy.display())));
-        }
         Ok(Config {
-            policy,
+            policy: policy.or(settings.policy).unwrap_or_default(),
             monitor: monitor || settings.monitor,
             pin_dir: pin_dir.or(settings.pin_dir).unwrap_or_else(|| config::DEFAULT_PIN_DIR.into()),
             state_dir: state_dir.or(settings.state_dir).unwrap_or_else(|| config::DEFAULT_STATE_DIR.into()),
@@ -405,6 +442,7 @@ fn run(cli: Cli) -> Result<Exit, CliError> {
             let config = args.settle(socket)?;
             runtime(true)?.block_on(engine::agent(config)).map(|()| Exit::Yes)
         }
+        Command::Load(args) => load(args.into(), socket),
         Command::Policy(PolicyCommand::Check(args)) => check(&args),
         Command::Policy(PolicyCommand::Test(args)) => change::test(&args),
         Command::Policy(PolicyCommand::Schema(args)) => pages::schema(&args),
@@ -515,6 +553,14 @@ async fn flows(socket: &Path, args: FlowArgs) -> Result<Exit, CliError> {
             return done;
         }
     }
+}
+
+fn load(args: AgentArgs, socket: PathBuf) -> Result<Exit, CliError> {
+    let config = args.settle_host(socket)?;
+    let state = config.state_dir.display().to_string();
+    let early = engine::load(config)?;
+    print::out(&show::early(&early, &state))?;
+    Ok(Exit::Yes)
 }
 
 fn check(args: &CheckArgs) -> Result<Exit, CliError> {

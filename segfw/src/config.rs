@@ -315,6 +315,45 @@ mod tests {
         assert_eq!(labels(&["a=1", "a=2"]).unwrap_err().to_string(), "--host-label a is given twice");
     }
 
+    /// Every key is in the packaged file, set or as a comment, and the file is read as what it says.
+    #[test]
+    fn the_packaged_settings() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/etc/agent.yaml");
+        let settings = Settings::read(&path).unwrap();
+        assert_eq!(settings.policy.as_deref(), Some(Path::new(DEFAULT_POLICY)));
+        assert_eq!(settings.flows.spool, Some(SpoolConfig::default()));
+        assert!(settings.metrics.listen.is_some_and(|at| at.ip().is_loopback()));
+        assert_eq!(
+            Settings {
+                policy: None,
+                flows: FlowSettings::default(),
+                metrics: MetricsSettings::default(),
+                ..settings.clone()
+            },
+            Settings::default()
+        );
+        let text = std::fs::read_to_string(&path).unwrap();
+        fn keys(value: &serde_json::Value, text: &str) {
+            for (key, value) in value.as_object().into_iter().flatten() {
+                assert!(text.contains(&format!("{key}:")), "{key} is missing");
+                keys(value, text);
+            }
+        }
+        keys(&serde_json::to_value(&settings).unwrap(), &text);
+        // What is a comment there is right where it is taken in.
+        let all: String = text
+            .lines()
+            .map(|line| match line.strip_prefix("# ") {
+                Some(rest) if rest.trim_start().split(' ').next().is_some_and(|w| w.ends_with(':')) => {
+                    format!("{rest}\n")
+                }
+                _ if line.starts_with('#') => String::new(),
+                _ => format!("{line}\n"),
+            })
+            .collect();
+        let _: Settings = crate::policy::yaml::settings(&all).unwrap_or_else(|e| panic!("{e}\n{all}"));
+    }
+
     #[test]
     fn cgroup2_is_found_where_it_is() {
         let hybrid = "25 1 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\

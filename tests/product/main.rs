@@ -11,7 +11,9 @@ mod cli;
 mod discovery;
 mod docs;
 mod lifecycle;
+mod machine;
 mod monitoring;
+mod pack;
 mod runtimes;
 mod scene;
 mod spool;
@@ -57,6 +59,7 @@ fn tests() -> Vec<Test> {
         docs::tests(),
         lifecycle::tests(),
         monitoring::tests(),
+        pack::tests(),
         runtimes::tests(),
         spool::tests(),
         tamper::tests(),

@@ -3,6 +3,7 @@
 
 mod checks;
 mod clean;
+mod dist;
 mod setup;
 mod totals;
 
@@ -14,12 +15,14 @@ use std::process::{Command, ExitCode};
 const HELP: &str = "\
 cargo xtask COMMAND
 
-  setup   Install what building and testing needs: rust-src, bpf-linker (into target/tools), iproute2
+  setup   Install what building and testing needs: rust-src, bpf-linker (into target/tools), and with
+          apt-get as root iproute2 and what some tests use (podman, systemd-container, mmdebstrap, ...)
   demo    Three services, one policy, live: allowed, denied, and a connection that is cut (needs root, ~20 s)
   test    All tests; those that load eBPF need root and are named as skipped without it
   bench   Round trips and connections over loopback, with and without segfw (needs root, ~1 min); JSON on stdout
   lint    Formatting, clippy on every crate, licences and sources of all dependencies
   ci      lint, then test
+  dist    Packages into target/dist: deb, rpm, tarball, OCI image, SBOM, SHA256SUMS (--profile dev, --only KIND)
   clean   Remove what interrupted test runs left in the kernel, then run cargo clean (target/tools stays)
 
 `demo` and `test` run `setup` by themselves. Words after `--` go to the system tests:
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
         "bench" => bench(rest.strip_prefix(&["--".to_owned()][..]).unwrap_or(rest)),
         "lint" => setup::run().and_then(|()| checks::lint()),
         "ci" => setup::run().and_then(|()| checks::lint()).and_then(|()| totals::test(&[])),
+        "dist" => setup::build_tools().and_then(|()| dist::run_all(rest)),
         "clean" => clean::run(),
         "help" | "-h" | "--help" => {
             println!("{HELP}");

@@ -8,18 +8,39 @@ use std::process::{Command, Stdio};
 /// The one that produces what our loader takes.
 const BPF_LINKER: &str = "0.10.3";
 
+/// Commands that tests use, and the Debian package that brings each.
+const DEBIAN: [(&str, &str); 10] = [
+    ("ip", "iproute2"),
+    ("podman", "podman"),
+    ("containerd", "containerd"),
+    ("runc", "runc"),
+    ("buildah", "buildah"),
+    ("systemd-nspawn", "systemd-container"),
+    ("mmdebstrap", "mmdebstrap"),
+    ("prometheus", "prometheus"),
+    ("rpm", "rpm"),
+    ("man", "man-db"),
+];
+
 /// True if it ran and was content.
 pub(crate) fn run_quietly(command: &mut Command) -> bool {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success())
 }
 
+/// Everything that building and testing needs.
 pub(crate) fn run() -> Result<()> {
+    build_tools()?;
+    packages()
+}
+
+/// What building needs.
+pub(crate) fn build_tools() -> Result<()> {
     rust_src()?;
     let linker = tool("bpf-linker");
     if version(&linker).as_deref() != Some(BPF_LINKER) {
         install("bpf-linker", BPF_LINKER)?;
     }
-    packages()
+    Ok(())
 }
 
 /// eBPF is built with `-Z build-std=core`, which compiles `core` from its sources.
@@ -60,24 +81,38 @@ pub(crate) fn install(name: &str, version: &str) -> Result<()> {
     Ok(())
 }
 
-/// Distribution packages, only where their command is missing.
+/// Distribution packages, only where their command is missing: all in one go.
 fn packages() -> Result<()> {
-    if has("ip") {
+    let missing: Vec<&str> = DEBIAN.iter().filter(|(command, _)| !has(command)).map(|(_, package)| *package).collect();
+    if missing.is_empty() {
         return Ok(());
     }
+    let list = missing.join(" ");
     if !is_root() {
-        say("the command `ip` is missing; the system tests need it: install iproute2 (Debian) or iproute (Fedora)");
+        say(&format!("missing, and some system tests need it (Debian's names): {list}"));
         return Ok(());
     }
     if has("apt-get") {
-        say("installing iproute2 (apt-get)");
+        say(&format!("installing {list} (apt-get)"));
         run_quietly(Command::new("apt-get").args(["update", "-qq"]));
-        crate::run(
-            Command::new("apt-get")
-                .args(["install", "-y", "-qq", "--no-install-recommends", "iproute2"])
-                .env("DEBIAN_FRONTEND", "noninteractive")
-                .stdin(Stdio::null()),
-        )
+        let install = |packages: &[&str]| {
+            crate::run(
+                Command::new("apt-get")
+                    .args(["install", "-y", "-qq", "--no-install-recommends"])
+                    .args(packages)
+                    .env("DEBIAN_FRONTEND", "noninteractive")
+                    .stdin(Stdio::null()),
+            )
+        };
+        // Only the first is needed by every test; those that need another are skipped, and say so.
+        if let Err(error) = install(&missing) {
+            say(&format!("not all could be installed: {error:#}"));
+            return if has("ip") { Ok(()) } else { install(&["iproute2"]) };
+        }
+        Ok(())
+    } else if has("ip") {
+        say(&format!("missing, and there is no apt-get; tests that need it are skipped (Debian's names): {list}"));
+        Ok(())
     } else if has("dnf") {
         say("installing iproute (dnf)");
         crate::run(Command::new("dnf").args(["install", "-y", "-q", "iproute"]).stdin(Stdio::null()))

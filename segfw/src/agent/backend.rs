@@ -149,10 +149,11 @@ impl Core {
         Ok(report)
     }
 
-    fn status(&self, counters: CounterReport) -> Result<StatusReport, Failure> {
+    /// Every hook that is needed, as the kernel has it now.
+    pub(super) fn hooks(&self) -> Result<Vec<HookReport>, Failure> {
         let links = self.datapath.links().map_err(system)?;
         let egress = self.in_force.as_ref().is_some_and(|f| super::needs_egress(&f.tables));
-        let hooks: Vec<HookReport> = links
+        Ok(links
             .iter()
             .filter(|l| l.name != EGRESS.program || egress || l.link.is_some())
             .map(|l| HookReport {
@@ -162,7 +163,11 @@ impl Core {
                 program: l.link.map(|i| i.program),
                 instructions: Some(l.instructions),
             })
-            .collect();
+            .collect())
+    }
+
+    /// The one word for the whole agent, and why.
+    pub(super) fn state(&self, hooks: &[HookReport]) -> State {
         let mut reasons: Vec<_> = self.troubles.values().cloned().collect();
         let missing: Vec<&str> = hooks.iter().filter(|h| !h.attached).map(|h| h.name.as_str()).collect();
         if self.in_force.is_some() && !missing.is_empty() {
@@ -186,7 +191,7 @@ impl Core {
                 "segfw policy check shows every problem",
             ));
         }
-        let state = if self.in_force.is_none() && !self.attached {
+        if self.in_force.is_none() && !self.attached {
             let why = self.refused.as_ref().map_or("no policy was ever loaded", |r| r.why.as_str()).to_owned();
             State::Open { why }
         } else if self.config.monitor {
@@ -195,7 +200,12 @@ impl Core {
             State::Enforcing
         } else {
             State::Degraded { reasons }
-        };
+        }
+    }
+
+    fn status(&self, counters: CounterReport) -> Result<StatusReport, Failure> {
+        let hooks = self.hooks()?;
+        let state = self.state(&hooks);
         let tables = self.in_force.as_ref().map(|f| &f.tables);
         let size = |n: Option<usize>| n.unwrap_or(0) as u64;
         let map = |name: &str, entries: u64, max: u32| MapReport { name: name.to_owned(), entries, max: max.into() };
@@ -341,7 +351,7 @@ const GOLDEN: [&str; 3] = [
 ];
 
 /// What the hooks of this version do not see (threats-and-faults, O1 and O15).
-const UNCOVERED: [(&str, &str); 8] = [
+const UNCOVERED: [(&str, &str); 9] = [
     (
         "workloads that start at a path nobody has named, while no agent runs",
         "paths that ran here before, and those that a document names without a wildcard, are known to the kernel; others \
@@ -356,6 +366,10 @@ const UNCOVERED: [(&str, &str); 8] = [
         "a process with CAP_NET_RAW can send any frame, unjudged; a peer with segfw still judges it on arrival",
     ),
     ("vsock (AF_VSOCK)", "a guest and its host can talk, unjudged"),
+    (
+        "socket activation",
+        "a listener that a .socket unit opened before the policy named its service counts as host until that unit is restarted",
+    ),
     ("unix sockets", "a process can ask another one to connect for it; the other one's own policy applies"),
     (
         "inbound ICMP echo",

@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// The trouble of [`Core::attach_walls`].
+pub(super) const NO_WALL: &str = "xdp";
+
 impl Core {
     /// Makes the kernel's registry equal to ours. True if a cgroup that was there now is somebody else.
     pub(super) fn write_cgroups(&mut self) -> anyhow::Result<bool> {
@@ -85,13 +88,8 @@ impl Core {
             let outcome = self.datapath.attach(hook, &root)?;
             tracing::debug!("{}: {outcome:?}", hook.program);
         }
-        for interface in self.config.xdp.clone() {
-            let index =
-                nix::net::if_::if_nametoindex(interface.as_str()).with_context(|| format!("interface {interface}"))?;
-            self.datapath.set_xdp_netns(index, netns::current_cookie()?)?;
-            let _ = self.datapath.attach_xdp(&interface)?;
-        }
         self.attached = true;
+        self.attach_walls();
         match self.datapath.attach_cgroup_made() {
             Ok(()) => {
                 let _ = self.troubles.remove("tracepoint");
@@ -104,6 +102,27 @@ impl Core {
             tracing::warn!("removed the programs of another layout, now that ours are attached: {}", layout.display());
         }
         Ok(())
+    }
+
+    /// The outer wall. No verdict needs it, so an interface that is not there, as before the network at boot, is a
+    /// trouble and not the end of a revision; each survey tries again.
+    pub(super) fn attach_walls(&mut self) {
+        let attach = |interface: &String| -> anyhow::Result<()> {
+            let index =
+                nix::net::if_::if_nametoindex(interface.as_str()).with_context(|| format!("interface {interface}"))?;
+            self.datapath.set_xdp_netns(index, netns::current_cookie()?)?;
+            let _ = self.datapath.attach_xdp(interface)?;
+            Ok(())
+        };
+        let failed: Vec<String> =
+            self.config.xdp.iter().filter_map(|i| attach(i).err()).map(|e| format!("{e:#}")).collect();
+        if failed.is_empty() {
+            let _ = self.troubles.remove(NO_WALL);
+        } else {
+            let what = format!("no outer wall: {}", failed.join("; "));
+            let action = "nothing if the interface comes later: it is tried again; else take it out of xdp:";
+            let _ = self.troubles.insert(NO_WALL, trouble(&what, "the sockets enforce without it", action));
+        }
     }
 
     pub(super) fn attach_egress(&mut self) -> anyhow::Result<()> {

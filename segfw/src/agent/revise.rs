@@ -6,7 +6,21 @@ use super::*;
 const SEEN_FIRST: Duration = Duration::from_secs(5);
 
 impl Core {
+    /// The state of an agent that starts: with what is in force, if anything can be.
     pub(super) fn new(
+        config: Config,
+        datapath: Arc<Datapath>,
+        hierarchy: Hierarchy,
+        shared: Arc<Shared>,
+        history: Arc<History>,
+    ) -> anyhow::Result<Self> {
+        let mut core = Self::assemble(config, datapath, hierarchy, shared, history)?;
+        core.start();
+        Ok(core)
+    }
+
+    /// What is known before any revision: the saved state, what the kernel holds, the cgroup tree.
+    pub(super) fn assemble(
         config: Config,
         datapath: Arc<Datapath>,
         hierarchy: Hierarchy,
@@ -93,7 +107,6 @@ impl Core {
         let tree: Vec<Change> =
             core.hierarchy.scan()?.into_iter().map(|(path, id)| Change::Appeared { path, id }).collect();
         core.registry.apply(&tree);
-        core.start();
         Ok(core)
     }
 

@@ -1,11 +1,15 @@
 //! What happens by itself: addresses, endpoints and live connections change, rules end, denials add up.
 
+use super::kernel::NO_WALL;
 use super::*;
 
 impl Core {
     /// Compares addresses, endpoints and live connections with the kernel.
     pub(super) fn survey(&mut self) {
         self.looked = proc::boot_ns().unwrap_or(0);
+        if self.troubles.contains_key(NO_WALL) {
+            self.attach_walls();
+        }
         let survey = match netns::survey() {
             Ok(mut survey) => {
                 survey.namespaces.retain(|n| self.is_ours(n));

@@ -1,6 +1,7 @@
 //! The only file of the CLI that calls the engines.
 
 use super::CliError;
+use crate::agent::early::{self, Early};
 use crate::config::Config;
 use crate::control::report::{CaseReport, CheckReport, EndSpec, Explanation, Finding, Outcome, PolicyCheck, Question};
 use crate::control::{answer, trial};
@@ -18,7 +19,26 @@ use std::path::{Path, PathBuf};
 
 /// `segfw agent`. Ends with SIGTERM or SIGINT.
 pub(super) async fn agent(config: Config) -> Result<(), CliError> {
+    log();
     crate::agent::run(config, stopped()).await.map_err(|e| CliError::system(format!("{e:#}")))
+}
+
+/// The log goes to stderr: `SEGFW_LOG=debug`, or `segfw::agent=debug,info`, for more than info. The journal knows the time.
+fn log() {
+    use tracing_subscriber::{EnvFilter, fmt};
+    let filter = EnvFilter::try_from_env("SEGFW_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Fails only where a log is installed already.
+    let _ = match std::env::var_os("JOURNAL_STREAM") {
+        Some(_) => log.with_ansi(false).without_time().try_init(),
+        None => log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).try_init(),
+    };
+}
+
+/// `segfw load`.
+pub(super) fn load(config: Config) -> Result<Early, CliError> {
+    log();
+    early::load(config).map_err(|e| CliError::system(format!("{e:#}")))
 }
 
 /// SIGTERM or SIGINT.

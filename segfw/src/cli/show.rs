@@ -5,6 +5,7 @@ mod changes;
 pub(super) use changes::{applied, cases, changes, findings, history, support};
 
 use super::Exit;
+use crate::agent::early::Early;
 use crate::control::report::{
     CheckReport, EndReport, Enforcement, Explanation, Finding, NearestReport, Outcome, PendingReport, PolicyCheck,
     RuleReport, Severity, State, StatusReport, WithoutReport, WorkloadReport,
@@ -79,6 +80,20 @@ pub(super) fn status_exit(status: &StatusReport) -> Exit {
     match status.state {
         State::Enforcing | State::Monitor => Exit::Yes,
         State::Degraded { .. } | State::Open { .. } => Exit::No,
+    }
+}
+
+/// How the early loader ended.
+pub(super) fn early(early: &Early, state_dir: &str) -> String {
+    match early {
+        Early::Loaded { revision, generation } => {
+            format!("revision {revision} is in force again (generation {generation})\n")
+        }
+        Early::InForce { generation } => format!("nothing to do: generation {generation} is in force already\n"),
+        Early::NothingSaved => format!("nothing to load: no revision was ever saved in {state_dir}\n"),
+        Early::DeclaredOpen => {
+            "nothing is loaded: absence.beforeFirstRevision is open; the agent loads its policy folder\n".to_owned()
+        }
     }
 }
 

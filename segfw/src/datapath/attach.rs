@@ -131,14 +131,8 @@ impl Datapath {
             }
             outcome = Outcome::Restored;
         }
-        let link = sys::link_create(self.program("outer_wall")?, index, BPF_XDP, XDP_FLAGS_DRV_MODE).map_err(|e| {
-            Error::sys(
-                format!(
-                    "attach XDP to {interface} (native mode; the sockets enforce without it, remove --xdp to go on)"
-                ),
-                e,
-            )
-        })?;
+        let link = sys::link_create(self.program("outer_wall")?, index, BPF_XDP, XDP_FLAGS_DRV_MODE)
+            .map_err(|e| Error::sys(format!("attach XDP to {interface} (native mode)"), e))?;
         pin_over(link.as_fd(), &pin).map_err(|e| Error::sys(format!("pin the XDP link of {interface}"), e))?;
         Ok(outcome)
     }
