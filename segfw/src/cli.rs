@@ -122,8 +122,8 @@ Examples:
   segfw status
   segfw status -o json | jq .revision.number
 
-Exit code 1: the state is DEGRADED or OPEN.")]
-    Status(OutputArgs),
+Exit code 1: the state is DEGRADED or OPEN. 3: no agent answers; then it says what the kernel enforces on its own.")]
+    Status(StatusArgs),
     /// The workloads of this host and how each is treated
     #[command(after_help = "\
 Examples:
@@ -382,6 +382,15 @@ struct OutputArgs {
 }
 
 #[derive(Debug, Args)]
+struct StatusArgs {
+    #[command(flatten)]
+    output: OutputArgs,
+    /// Where to look if no agent answers [default: the settings', or /sys/fs/bpf/segfw]
+    #[arg(long, value_name = "PATH")]
+    pin_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 struct FlowArgs {
     #[command(flatten)]
     query: QueryArgs,
@@ -473,8 +482,13 @@ fn run(cli: Cli) -> Result<Exit, CliError> {
             })?;
             Ok(if explanation.verdict == Verdict::Denied.into() { Exit::No } else { Exit::Yes })
         }
-        Command::Status(args) => {
-            let answer = runtime(false)?.block_on(ask(&socket, Request::Status))?;
+        Command::Status(StatusArgs { output: args, pin_dir }) => {
+            let answer = match runtime(false)?.block_on(ask(&socket, Request::Status)) {
+                Ok(answer) => answer,
+                // The kernel goes on without an agent: that is what somebody who asks now wants to know.
+                Err(error) if error.exit == Exit::System => return unattended(&error, pin_dir, args.output),
+                Err(error) => return Err(error),
+            };
             let Response::Status(status) = answer else { return Err(another_question()) };
             print::out(&match args.output {
                 Output::Json => print::json(&status)?,
@@ -485,6 +499,24 @@ fn run(cli: Cli) -> Result<Exit, CliError> {
         Command::Workloads(args) => runtime(false)?.block_on(workloads(&socket, args.output)),
         Command::Flows(args) => runtime(false)?.block_on(flows(&socket, args)),
     }
+}
+
+/// `segfw status` where no agent answers: what the kernel holds. The exit code is that of the question that failed.
+fn unattended(error: &CliError, pin_dir: Option<PathBuf>, output: Output) -> Result<Exit, CliError> {
+    let settings = Settings::read(Path::new(config::DEFAULT_SETTINGS)).unwrap_or_default();
+    let pins = pin_dir.or(settings.pin_dir).unwrap_or_else(|| config::DEFAULT_PIN_DIR.into());
+    let left = engine::left(&pins);
+    print::out(&match output {
+        Output::Json => print::json(&serde_json::json!({
+            "state": "UNATTENDED",
+            "why": error.message,
+            "pin_dir": pins,
+            "kernel": left.as_ref().ok(),
+        }))?,
+        Output::Table => show::unattended(&pins, &left),
+    })?;
+    print::error(&error.message);
+    Ok(error.exit)
 }
 
 /// The agent gets all threads, a question needs one.

@@ -9,6 +9,7 @@ pub mod attach;
 pub mod generation;
 pub mod guard;
 pub mod host_maps;
+pub mod left;
 pub mod load;
 pub mod seen;
 pub mod sys;

@@ -63,7 +63,20 @@ fn gone_last_known_good() -> Result<()> {
     ensure!(declared(&mut scene, "agent gone")?.starts_with("lastKnownGood"));
     scene.agent()?.kill()?;
     std::thread::sleep(Duration::from_secs(6));
-    scene.as_the_policy_says()
+    scene.as_the_policy_says()?;
+    unattended(&mut scene, "UNATTENDED")
+}
+
+/// `segfw status` without an agent says what the kernel does.
+fn unattended(scene: &mut Scene, word: &str) -> Result<()> {
+    let pins = scene.world.pins().display().to_string();
+    let output = scene.agent()?.cli(&["status", "--pin-dir", &pins])?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.code() == Some(3) && text.contains(word) && text.contains("attached"), "{output:?}");
+    let output = scene.agent()?.cli(&["status", "--pin-dir", &pins, "-o", "json"])?;
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(status["state"] == "UNATTENDED" && status["kernel"][0]["generation"].as_u64() > Some(0), "{status}");
+    Ok(())
 }
 
 fn gone_closed() -> Result<()> {
@@ -76,6 +89,7 @@ fn gone_closed() -> Result<()> {
     scene.as_the_policy_says()?;
     std::thread::sleep(Duration::from_secs(6));
     ensure!(!scene.connects(OPEN)?, "an allowed connection stood although the agent is gone");
+    unattended(&mut scene, "CLOSED")?;
     scene.agent()?.launch()?;
     scene.as_the_policy_says()?;
     let flows = scene.agent()?.cli(&["flows", "--reason", "agent-gone", "-o", "json"])?;
@@ -90,6 +104,7 @@ fn gone_open() -> Result<()> {
     scene.as_the_policy_says()?;
     std::thread::sleep(Duration::from_secs(6));
     ensure!(scene.connects(SHUT)?, "a denied connection did not stand although the settings say open");
+    unattended(&mut scene, "OPEN")?;
     scene.agent()?.launch()?;
     scene.as_the_policy_says()
 }
@@ -195,7 +210,7 @@ fn no_bpffs() -> Result<()> {
     );
     let output = elsewhere(&script, &scene)?;
     ensure!(output.status.code() == Some(3), "{output:?}");
-    says(&output, &["/sys/fs/bpf"])
+    says(&output, &["CAP_SYS_ADMIN", "not held"])
 }
 
 fn v1_only() -> Result<()> {

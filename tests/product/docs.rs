@@ -30,7 +30,8 @@ const RUN: [&str; 14] =
     ["segfw", "mkdir", "cat", "cp", "sed", "rm", "rmdir", "ls", "sh", "python3", "printf", "tar", "echo", "sleep"];
 
 /// How a command may begin that is not run, and why.
-const NOT_RUN: [(&str, &str); 27] = [
+const NOT_RUN: [(&str, &str); 28] = [
+    ("tail -F", "follows for ever"),
     ("export", "the test has a PATH of its own"),
     ("segfw agent", "runs until it is stopped; the agent of the test is started like this"),
     ("cargo", "builds the program that is under test"),

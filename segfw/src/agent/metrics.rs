@@ -177,7 +177,7 @@ impl Agent {
 }
 
 /// Counters and gauges of [`StatusReport::counters`] that are metrics of their own: name there, name here, help.
-const COUNTERS: [(&str, &str, &str); 11] = [
+const COUNTERS: [(&str, &str, &str); 13] = [
     ("events-sent", "events", "Events that the kernel handed over"),
     ("denials-aggregated", "denials_aggregated", "Denials that were counted by key instead of sent one by one"),
     ("denials-uncounted", "denials_uncounted", "Denials that are in the verdict counters only"),
@@ -185,6 +185,8 @@ const COUNTERS: [(&str, &str, &str); 11] = [
     ("xdp-dropped", "xdp_refused", "Packets that XDP refused in place of a socket"),
     ("malformed", "packets_malformed", "Packets that could not be read"),
     ("rejects-unanswered", "rejects_unanswered", "Rejected flows that got no answer"),
+    ("repairs", "repairs", "Things in the kernel that were not as the agent had left them"),
+    ("containers-left-out", "containers_left_out", "Containers and labels of runtimes that were above a limit"),
     ("history-overwritten", "history_overwritten", "Records in memory that made room for newer ones"),
     ("spool-written", "flow_spool_written", "Records written to disk since the agent started"),
     (
@@ -219,7 +221,7 @@ const CONTROL: [(&str, &str); 5] = [
 ];
 const STATES: [&str; 4] = ["ENFORCING", "DEGRADED", "MONITOR", "OPEN"];
 /// Shown with 0 too; others only while they last.
-const TROUBLES: [&str; 4] = ["hooks", "refused", "save", "spool"];
+const TROUBLES: [&str; 6] = ["canary", "hooks", "refused", "runtimes", "save", "spool"];
 
 type Labels<'a> = Vec<(&'static str, &'a str)>;
 

@@ -5,6 +5,7 @@ use crate::agent::early::{self, Early};
 use crate::config::Config;
 use crate::control::report::{CaseReport, CheckReport, EndSpec, Explanation, Finding, Outcome, PolicyCheck, Question};
 use crate::control::{answer, trial};
+use crate::datapath::left::{self, Left};
 use crate::host::{cgroup, doctor};
 use crate::policy::compile::{Clock, CompileProblem, compile};
 use crate::policy::document::{Document, Matcher, WorkloadDoc};
@@ -183,6 +184,12 @@ pub(super) fn files_of(dir: &Path) -> Result<Vec<(String, String)>, CliError> {
         return Err(CliError::usage(format!("{}: no *.yaml or *.yml file in it", dir.display())));
     }
     Ok(found)
+}
+
+/// What an agent that is gone has left in the kernel, or why that is not known.
+pub(super) fn left(pins: &Path) -> Result<Vec<Left>, String> {
+    let now = crate::host::proc::boot_ns().map_err(|e| e.to_string())?;
+    left::left(pins, now).map_err(|e| format!("{}: {e}", pins.display()))
 }
 
 /// `segfw policy check`.

@@ -10,11 +10,13 @@ use crate::control::report::{
     CheckReport, EndReport, Enforcement, Explanation, Finding, NearestReport, Outcome, PendingReport, PolicyCheck,
     RuleReport, Severity, State, StatusReport, WithoutReport, WorkloadReport,
 };
+use crate::datapath::left::Left;
 use crate::flow::render::{BAD, Cell, Columns, DIM, GOOD, HEAD, PLAIN, WARN, clean, paint, time, verdict_style};
 use anstyle::Style;
 use jiff::Timestamp;
 use segfw_common::{Direction, Evidence, Verdict};
 use std::fmt::Write as _;
+use std::path::Path;
 
 /// A table with more of its room used than this is worth a look.
 const FULL_PERCENT: u64 = 80;
@@ -95,6 +97,39 @@ pub(super) fn early(early: &Early, state_dir: &str) -> String {
             "nothing is loaded: absence.beforeFirstRevision is open; the agent loads its policy folder\n".to_owned()
         }
     }
+}
+
+/// What the kernel does while no agent answers.
+pub(super) fn unattended(pins: &Path, left: &Result<Vec<Left>, String>) -> String {
+    let mut s = Screen(String::new());
+    let left = match left {
+        Err(why) => {
+            s.line("kernel", &paint(WARN, &format!("not known: {}", clean(why))));
+            return s.0;
+        }
+        Ok(left) if left.is_empty() => {
+            let what = format!("nothing is pinned below {}: nothing is enforced", pins.display());
+            s.line("kernel", &format!("{} {}", paint(BAD, "OPEN"), clean(&what)));
+            return s.0;
+        }
+        Ok(left) => left,
+    };
+    for Left { layout, generation, attached, missing, gone, monitor } in left {
+        let (style, word, meaning) = match (gone.as_deref(), attached.is_empty() || *generation == 0) {
+            (_, true) => (BAD, "OPEN", "programs or tables are not there: nothing is enforced"),
+            (Some("open"), _) => (BAD, "OPEN", "new flows pass, since the agent is gone (absence.agentGone: open)"),
+            (Some(_), _) => (WARN, "CLOSED", "new flows of enforced workloads are refused until an agent runs"),
+            (None, _) if *monitor => (WARN, "MONITOR", "everything is judged, nothing is dropped"),
+            (None, _) => (WARN, "UNATTENDED", "the kernel goes on with the last revision; no reload, no records"),
+        };
+        s.line("kernel", &format!("{} {meaning}", paint(style, word)));
+        s.line("layout", &format!("{}, generation {generation}", clean(layout)));
+        s.line("hooks", &format!("{} attached", attached.len()));
+        for hook in missing {
+            s.more(&paint(BAD, &format!("not attached: {}", clean(hook))));
+        }
+    }
+    s.0
 }
 
 /// Of the newest repairs; `-o json` has more.

@@ -4,6 +4,7 @@ use super::cgroup::{self, Hierarchy};
 use super::netns;
 use super::proc::{self, Capabilities, Capability};
 use super::sockdiag::{DestroyError, Diag, Sock};
+use crate::config::RuntimeConfig;
 use std::io;
 use std::net::TcpListener;
 use std::path::Path;
@@ -54,7 +55,16 @@ impl Check {
 pub fn checks() -> Vec<Check> {
     let mut checks = vec![kernel(), btf(), cgroup2(), cgroup_root(), bpffs()];
     checks.extend(capabilities());
-    checks.extend([jit(), netns_cookie(), sock_destroy(), sock_inventory(), families(), watches()]);
+    checks.extend([
+        jit(),
+        netns_cookie(),
+        sock_destroy(),
+        sock_inventory(),
+        families(),
+        watches(),
+        tracefs(),
+        runtimes(),
+    ]);
     checks
 }
 
@@ -326,6 +336,39 @@ fn watches() -> Check {
         return Check::bad(NAME, Level::Warn, what, consequence, "sysctl -w fs.inotify.max_user_watches=65536");
     }
     Check::ok(NAME, what)
+}
+
+/// Where the kernel describes the event of a new cgroup.
+fn tracefs() -> Check {
+    const NAME: &str = "tracefs";
+    let event = "/sys/kernel/tracing/events/cgroup/cgroup_mkdir/id";
+    match fs::metadata(event) {
+        Ok(_) => Check::ok(NAME, "new cgroups can be seen by the kernel side"),
+        Err(error) => Check::bad(
+            NAME,
+            Level::Warn,
+            format!("{event}: {error}"),
+            "a workload that starts counts as host until the agent has seen it, and for good while no agent runs",
+            "mount -t tracefs tracefs /sys/kernel/tracing (the agent does it when it may)",
+        ),
+    }
+}
+
+/// Container runtimes at their usual places. What the settings name elsewhere is the agent's to say.
+fn runtimes() -> Check {
+    const NAME: &str = "runtimes";
+    let RuntimeConfig { cri, docker, storage } = RuntimeConfig::default();
+    let there: Vec<String> = cri
+        .iter()
+        .chain(&docker)
+        .chain(&storage)
+        .filter(|path| path.exists())
+        .map(|path| path.display().to_string())
+        .collect();
+    match there.is_empty() {
+        true => Check::ok(NAME, "no container runtime at the usual places"),
+        false => Check::ok(NAME, there.join(", ")),
+    }
 }
 
 #[cfg(test)]
