@@ -111,6 +111,8 @@ pub struct Core {
     told: BTreeMap<DenialKey, u64>,
     /// Flags of the host as we wrote them.
     flags: u64,
+    /// Boot time of the next sign of life.
+    beat_at: u64,
     /// After a boot with `absence.beforeFirstRevision: closed`, until the folder's revision is in force.
     closed_until_first: bool,
     /// What was found changed in the kernel; the newest last.
@@ -240,6 +242,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
             }
             _ = denials.tick() => {
                 let mut core = agent.core();
+                core.beat();
                 core.fetch_denials();
                 // A policy that asks for containers for the first time does not wait for the next look.
                 if core.registry.never_listed() {

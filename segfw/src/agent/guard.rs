@@ -26,15 +26,23 @@ impl Core {
             Ok(more) => found.extend(more),
             Err(error) => tracing::error!("the kernel's tables cannot be compared with ours: {error:#}"),
         }
-        if self.config.absence.agent_gone != Absent::LastKnownGood
-            && let Err(error) = self.set_flags()
-        {
-            tracing::error!("{error:#}");
-        }
         for difference in found {
             self.tell(difference);
         }
         self.ask_canaries();
+    }
+
+    /// A sign of life, where somebody waits for one: four in the time after which the agent counts as gone.
+    pub(super) fn beat(&mut self) {
+        let now = proc::boot_ns().unwrap_or(0);
+        let pause = u64::from(self.config.absence.agent_gone_after_seconds) * 1_000_000_000 / 4;
+        if self.config.absence.agent_gone == Absent::LastKnownGood || now < self.beat_at {
+            return;
+        }
+        self.beat_at = now + pause;
+        if let Err(error) = self.set_flags() {
+            tracing::error!("{error:#}");
+        }
     }
 
     fn guard_hooks(&self, root: &std::fs::File) -> Vec<Difference> {

@@ -55,15 +55,13 @@ impl Core {
         for path in self.paths.keys().filter(|p| !want.contains_key(p)) {
             let _ = self.datapath.remove_path(path)?;
         }
-        let mut full = 0;
-        for (path, entry) in &want {
-            if self.paths.get(path) != Some(entry)
-                && let Err(error) = self.datapath.set_path(path, entry)
-            {
-                full += 1;
-                tracing::error!("{error}");
-            }
-        }
+        let before = want.len();
+        let mut want = want;
+        want.retain(|path, entry| match self.paths.get(path) == Some(entry) {
+            true => true,
+            false => self.datapath.set_path(path, entry).inspect_err(|error| tracing::error!("{error}")).is_ok(),
+        });
+        let full = before - want.len();
         self.paths = want;
         Ok(full)
     }

@@ -65,6 +65,10 @@ pub struct Registry {
     tick: u64,
     /// What the container runtimes said last; shared, since a registry is copied to be tried.
     containers: Arc<Listing>,
+    /// Where runtimes make containers whose path alone does not say so.
+    folders: Arc<BTreeSet<String>>,
+    /// Do the documents ask what a container is?
+    asks: bool,
     /// Batches of changes so far.
     batch: u64,
     /// The batch up to which `containers` is complete.
@@ -95,14 +99,16 @@ impl Registry {
     /// Other documents: every cgroup may mean something else now.
     pub fn set_documents(&mut self, docs: Vec<WorkloadDoc>) {
         self.managed = managed_parents(&docs).into_iter().map(PathBuf::from).collect();
+        let asks = |m: &Matcher| matches!(m, Matcher::Container { .. } | Matcher::Pod { .. });
+        self.asks = docs.iter().flat_map(|d| &d.matches).any(|m| asks(&m.value));
         self.docs = docs;
         self.look_again(|_| true);
     }
 
     /// What is known of some cgroups has changed.
-    fn look_again(&mut self, which: impl Fn(&Path) -> bool) {
+    fn look_again(&mut self, which: impl Fn(&Standing) -> bool) {
         let mut tree = std::mem::take(&mut self.tree);
-        for (path, node) in tree.iter_mut().filter(|(path, _)| which(path)) {
+        for (path, node) in tree.iter_mut().filter(|(_, node)| which(&node.standing)) {
             node.standing = self.look(path, node.batch);
             self.remember(path, &node.standing);
         }
@@ -111,8 +117,7 @@ impl Registry {
 
     /// Do the documents ask what a container is?
     pub fn wants_containers(&self) -> bool {
-        let asks = |m: &Matcher| matches!(m, Matcher::Container { .. } | Matcher::Pod { .. });
-        self.docs.iter().flat_map(|d| &d.matches).any(|m| asks(&m.value))
+        self.asks
     }
 
     /// Do the documents ask for containers, and no runtime was asked yet?
@@ -137,9 +142,15 @@ impl Registry {
             all.extend(kept.cloned());
         }
         let before: Vec<Standing> = self.tree.values().map(|node| node.standing.clone()).collect();
-        self.containers = Arc::new(Listing::of(all));
+        let listing = Listing::of(all);
+        let same = listing.containers == self.containers.containers;
+        if !same {
+            self.containers = Arc::new(listing);
+            self.folders = Arc::new(self.container_folders());
+        }
         self.listed = batch;
-        self.look_again(|_| true);
+        // Most answers are the same again: then only what waits is worth a look.
+        self.look_again(|standing| !same || *standing == Standing::Unresolved);
         self.tree.values().map(|node| &node.standing).ne(before.iter())
     }
 
@@ -204,7 +215,13 @@ impl Registry {
             (None, None) => false,
         };
         // Where containers may have any name, each new cgroup waits for one answer of the runtimes.
-        looks_like_one || (batch > self.listed && self.container_folders().iter().any(|b| begins(path, b)))
+        looks_like_one || (batch > self.listed && self.folders().any(|b| begins(path, b)))
+    }
+
+    /// Folders in which every new cgroup waits for the runtimes: containerd's namespace `default`, and those of containers
+    /// that are known.
+    fn folders(&self) -> impl Iterator<Item = &str> {
+        self.folders.iter().map(String::as_str).chain(["/default/"])
     }
 
     /// Where runtimes make containers whose path alone does not say so: the folders of those that are known.
@@ -215,7 +232,7 @@ impl Registry {
             .filter(plain)
             .filter_map(Path::parent)
             .filter(|parent| parent.components().count() > 1 && parent.extension().is_none_or(|end| end != "slice"));
-        folders.map(|p| format!("{}/", p.display())).chain(["/default/".to_owned()]).collect()
+        folders.map(|p| format!("{}/", p.display())).collect()
     }
 
     fn facts(&self, path: &Path) -> CgroupFacts {
@@ -382,7 +399,7 @@ impl Registry {
         // A pattern that begins with a wildcard would make every cgroup there unresolved, system services among them.
         let found = found.filter(|text| text.trim_matches('/').contains('/'));
         let containers: BTreeSet<String> = match self.wants_containers() {
-            true => runtime::path::prefixes().iter().map(|p| (*p).to_owned()).chain(self.container_folders()).collect(),
+            true => runtime::path::prefixes().iter().copied().chain(self.folders()).map(str::to_owned).collect(),
             false => BTreeSet::new(),
         };
         found.chain(containers).collect()

@@ -90,6 +90,7 @@ impl Core {
             attached: active.generation != 0,
             told: BTreeMap::new(),
             flags: 0,
+            beat_at: 0,
             closed_until_first: false,
             repairs: VecDeque::new(),
             repaired: 0,
