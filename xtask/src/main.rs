@@ -38,7 +38,7 @@ fn main() -> ExitCode {
         "demo" => demo(),
         "test" => setup::run().and_then(|()| totals::test(rest.strip_prefix(&["--".to_owned()][..]).unwrap_or(rest))),
         "bench" => bench(rest.strip_prefix(&["--".to_owned()][..]).unwrap_or(rest)),
-        "lint" => setup::run().and_then(|()| checks::lint()),
+        "lint" => setup::build_tools().and_then(|()| checks::lint()),
         "ci" => setup::run().and_then(|()| checks::lint()).and_then(|()| totals::test(&[])),
         "dist" => setup::build_tools().and_then(|()| dist::run_all(rest)),
         "clean" => clean::run(),
@@ -61,7 +61,7 @@ fn main() -> ExitCode {
 }
 
 fn demo() -> Result<()> {
-    setup::run()?;
+    setup::to_run()?;
     if !is_root() {
         bail!("the demo makes network namespaces and loads eBPF programs: run it as root (sudo -E cargo xtask demo)");
     }
@@ -72,7 +72,7 @@ fn demo() -> Result<()> {
 }
 
 fn bench(args: &[String]) -> Result<()> {
-    setup::run()?;
+    setup::to_run()?;
     if !is_root() {
         bail!("the bench makes cgroups and loads eBPF programs: run it as root (sudo -E cargo xtask bench)");
     }

@@ -8,9 +8,13 @@ use std::process::{Command, Stdio};
 /// The one that produces what our loader takes.
 const BPF_LINKER: &str = "0.10.3";
 
-/// Commands that tests use, and the Debian package that brings each.
-const DEBIAN: [(&str, &str); 10] = [
-    ("ip", "iproute2"),
+/// A command, and the Debian package that brings it.
+type Package = (&'static str, &'static str);
+/// What the demo, the benchmark and every system test use.
+const NAMESPACES: Package = ("ip", "iproute2");
+/// What some tests use: programs that people run beside segfw, started for real.
+const BESIDE: [Package; 10] = [
+    ("busybox", "busybox-static"),
     ("podman", "podman"),
     ("containerd", "containerd"),
     ("runc", "runc"),
@@ -30,7 +34,13 @@ pub(crate) fn run_quietly(command: &mut Command) -> bool {
 /// Everything that building and testing needs.
 pub(crate) fn run() -> Result<()> {
     build_tools()?;
-    packages()
+    packages(&[&[NAMESPACES][..], &BESIDE].concat())
+}
+
+/// What building and running the demo needs.
+pub(crate) fn to_run() -> Result<()> {
+    build_tools()?;
+    packages(&[NAMESPACES])
 }
 
 /// What building needs.
@@ -82,8 +92,8 @@ pub(crate) fn install(name: &str, version: &str) -> Result<()> {
 }
 
 /// Distribution packages, only where their command is missing: all in one go.
-fn packages() -> Result<()> {
-    let missing: Vec<&str> = DEBIAN.iter().filter(|(command, _)| !has(command)).map(|(_, package)| *package).collect();
+fn packages(wanted: &[Package]) -> Result<()> {
+    let missing: Vec<&str> = wanted.iter().filter(|(command, _)| !has(command)).map(|(_, package)| *package).collect();
     if missing.is_empty() {
         return Ok(());
     }
