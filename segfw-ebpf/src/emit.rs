@@ -113,7 +113,9 @@ pub fn describe(e: &mut FlowEvent, flow: &Flow) {
 #[inline(always)]
 pub fn begin(time: u64) -> Option<*mut FlowEvent> {
     let budget = budget()?;
-    budget.sequence += 1;
+    // Read once: a softirq that takes the next number between here and the end must not make this one look lost.
+    let sequence = budget.sequence + 1;
+    budget.sequence = sequence;
     let Some(mut entry) = maps::events().reserve(0) else {
         count(Counter::EventsLost as u32);
         return None;
@@ -129,7 +131,7 @@ pub fn begin(time: u64) -> Option<*mut FlowEvent> {
             i += 1;
         }
         (*event).time = time;
-        (*event).sequence = budget.sequence;
+        (*event).sequence = sequence;
         (*event).cpu = bpf_get_smp_processor_id() as u32;
     }
     Some(event)
