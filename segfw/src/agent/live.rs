@@ -8,7 +8,7 @@ use crate::policy::{Tables, TablesView};
 use segfw_common::decide::{Peer, standing};
 use segfw_common::{
     Addr, AddressEntry, CgroupEntry, Decision, Direction, EndpointEntry, EndpointKey, Flow, Identity, LocalEntry,
-    Lookup, OriginKey, Party, Peers, Proto, RuleEntry, RuleKey, decide, identify,
+    Lookup, OriginKey, Party, Peers, Proto, RuleEntry, RuleKey, bounds, decide, identify,
 };
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::SocketAddr;
@@ -119,7 +119,7 @@ pub fn sweep(
     let mut doomed: Vec<(&Sock, Cut)> = Vec::new();
     for sock in &socks {
         let connected = match sock.protocol {
-            Sock::TCP => !matches!(sock.state, State::Listen | State::TimeWait | State::Close | State::SynReceived),
+            Sock::TCP => is_connected(sock),
             _ => sock.remote.port() != 0,
         };
         let Some((cgroup, entry)) = owner(cgroups, sock).filter(|_| connected) else { continue };
@@ -218,6 +218,41 @@ pub fn endpoints(
         }
     }
     Ok(())
+}
+
+/// Who opened the connections within this host that are older than the hooks: what `tcp_life` would have written. Only ends
+/// that opened, and only towards addresses for which `is_local` holds: nobody else is asked for an origin.
+pub fn origins(
+    namespace: &Namespace,
+    cgroups: &BTreeMap<u64, CgroupEntry>,
+    is_local: impl Fn(&Addr) -> bool,
+    found: &mut BTreeMap<OriginKey, Party>,
+) -> Result<(), crate::host::sockdiag::Error> {
+    let mut diag = Diag::open(namespace)?;
+    let mut socks = diag.inet(false, Sock::TCP)?;
+    socks.extend(diag.inet(true, Sock::TCP)?);
+    let listeners: HashSet<u16> =
+        socks.iter().filter(|s| s.state == State::Listen).map(|s| s.canonical().0.port()).collect();
+    for sock in socks.iter().filter(|s| is_connected(s)) {
+        let Some((_, entry)) = owner(cgroups, sock) else { continue };
+        let (local, remote) = sock.canonical();
+        let ((client, client_port), (server, server_port)) = (parts(local), parts(remote));
+        if listeners.contains(&client_port) || !(server.is_loopback() || is_local(&server)) {
+            continue;
+        }
+        let netns = if server.is_loopback() { namespace.cookie } else { 0 };
+        let key = OriginKey { netns, client, server, client_port, server_port, pad: 0 };
+        let _ = found.insert(key, Party { identity: entry.identity, workload: entry.workload });
+        if found.len() == bounds::ORIGINS as usize {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// A TCP socket with two ends, both alive.
+fn is_connected(sock: &Sock) -> bool {
+    !matches!(sock.state, State::Listen | State::TimeWait | State::Close | State::SynReceived)
 }
 
 /// Addresses of all namespaces, and who can be told by the address alone.

@@ -269,7 +269,13 @@ impl Core {
         let active = if relabelled { self.datapath.touch()? } else { active };
         let _ = self.names.revisions.insert(active.generation, number);
         self.publish_names();
+        let first = !self.attached;
+        if first {
+            self.look_around();
+        }
         self.attach()?;
+        let active = if first && self.look_back() { self.datapath.touch()? } else { active };
+        let _ = self.names.revisions.insert(active.generation, number);
         if egress {
             self.attach_egress()?;
         } else {

@@ -4,17 +4,52 @@ use super::kernel::NO_WALL;
 use super::*;
 
 impl Core {
-    /// Compares addresses, endpoints and live connections with the kernel.
-    pub(super) fn survey(&mut self) {
-        self.looked = proc::boot_ns().unwrap_or(0);
-        if self.troubles.contains_key(NO_WALL) {
-            self.attach_walls();
+    /// Before hooks judge for the first time: who has which address and port, and who opened what is older than they are.
+    /// Without it every connection that is open now would be of nobody until the first survey, and refused meanwhile.
+    pub(super) fn look_around(&mut self) {
+        let Some(survey) = self.namespaces() else { return };
+        let want = self.addresses_of(&survey);
+        let done = self
+            .write_addresses(want)
+            .and_then(|_| self.write_endpoints(&survey))
+            .and_then(|()| self.write_origins(&survey).map(drop));
+        if let Err(error) = done {
+            tracing::error!("{error:#}");
         }
-        let survey = match netns::survey() {
+    }
+
+    /// Connections that were opened while the hooks were being attached. True if there were any.
+    pub(super) fn look_back(&mut self) -> bool {
+        let written = self.namespaces().map_or(Ok(false), |survey| self.write_origins(&survey));
+        written.inspect_err(|error| tracing::error!("{error:#}")).unwrap_or(false)
+    }
+
+    fn write_origins(&mut self, survey: &netns::Survey) -> anyhow::Result<bool> {
+        let mut found = BTreeMap::new();
+        for namespace in &survey.namespaces {
+            if let Err(error) =
+                live::origins(namespace, &self.cgroups, |addr| self.addresses.contains_key(addr), &mut found)
+            {
+                tracing::warn!("namespace {}: {error}", namespace.cookie);
+            }
+        }
+        let mut written = false;
+        for (key, party) in &found {
+            if self.datapath.origin(key)?.is_none() {
+                self.datapath.set_origin(key, party)?;
+                written = true;
+            }
+        }
+        Ok(written)
+    }
+
+    /// The namespaces that are ours, with their addresses; what cannot be looked into is a trouble.
+    fn namespaces(&mut self) -> Option<netns::Survey> {
+        match netns::survey() {
             Ok(mut survey) => {
                 survey.namespaces.retain(|n| self.is_ours(n));
                 let _ = self.troubles.remove("survey");
-                survey
+                Some(survey)
             }
             Err(error) => {
                 let _ = self.troubles.insert(
@@ -25,15 +60,28 @@ impl Core {
                         "see segfw doctor",
                     ),
                 );
-                return;
+                None
             }
-        };
+        }
+    }
+
+    fn addresses_of(&self, survey: &netns::Survey) -> BTreeMap<Addr, AddressEntry> {
         let by_path: BTreeMap<String, u64> =
             self.registry.words().into_iter().map(|(id, (path, _))| (path, id)).collect();
         let identity_of = |path: &str| {
             by_path.get(path).and_then(|id| self.cgroups.get(id)).map_or(segfw_common::Identity::HOST.0, |e| e.identity)
         };
-        let want = live::addresses(&survey, identity_of);
+        live::addresses(survey, identity_of)
+    }
+
+    /// Compares addresses, endpoints and live connections with the kernel.
+    pub(super) fn survey(&mut self) {
+        self.looked = proc::boot_ns().unwrap_or(0);
+        if self.troubles.contains_key(NO_WALL) {
+            self.attach_walls();
+        }
+        let Some(survey) = self.namespaces() else { return };
+        let want = self.addresses_of(&survey);
         match self.write_addresses(want) {
             Ok(true) => self.touch(),
             Ok(false) => {}
