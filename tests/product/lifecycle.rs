@@ -4,6 +4,7 @@ use crate::Test;
 use anyhow::{Context, Result, ensure};
 use segfw_tests::agent::Agent;
 use segfw_tests::policy::Yaml;
+use segfw_tests::proto::Cmd;
 use segfw_tests::scene::Scene;
 use serde_json::Value;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,6 +26,7 @@ pub(crate) fn tests() -> Vec<Test> {
         ("lifecycle/killed-at-random-moments", killed),
         ("lifecycle/upgrade-and-downgrade-of-the-layout", layouts),
         ("lifecycle/restart-with-the-same-layout", restarts),
+        ("lifecycle/connected-datagrams-older-than-the-programs", datagrams),
     ]
 }
 
@@ -98,6 +100,42 @@ fn layouts() -> Result<()> {
     let layouts: Vec<_> = std::fs::read_dir(scene.world.pins())?.flatten().map(|e| e.file_name()).collect();
     ensure!(layouts.len() == 1, "more than one layout is left: {layouts:?}");
     scene.as_the_policy_says()
+}
+
+/// `send` on a connected socket meets no hook, so nobody but the agent can tell new programs that its answers were asked for.
+fn datagrams() -> Result<()> {
+    const PORT: u16 = 5300;
+    let mut yaml = segfw_tests::scene::policy();
+    yaml.allow("udp", "cli", "srv", &format!("udp/{PORT}"));
+    let mut scene = Scene::with(&yaml.0)?;
+    let to = std::net::SocketAddr::new(scene.server(PORT).ip(), PORT);
+    let server = scene.srv.listen_udp(to)?;
+    let h = scene.cli.must(&Cmd::Socket { domain: libc::AF_INET, kind: libc::SOCK_DGRAM, proto: 0 })?.h;
+    scene.cli.connect(h, to, 500)?.map_err(|e| anyhow::anyhow!(e))?;
+    let mut talks = |scene: &mut Scene, when: &str| -> Result<()> {
+        scene.cli.send(h, "ask")?.map_err(|e| anyhow::anyhow!("{when}: the question: {e}"))?;
+        let asked = scene.srv.recv(server, 1000)?.map_err(|e| anyhow::anyhow!("{when}: the question: {e}"))?;
+        let from: std::net::SocketAddr = asked.from.parse()?;
+        scene.srv.send_to(server, from, "answer")?.map_err(|e| anyhow::anyhow!("{when}: the answer: {e}"))?;
+        let got = scene.cli.recv(h, 1000)?.map_err(|e| anyhow::anyhow!("{when}: the answer: {e}"))?;
+        ensure!(got.data == "answer", "{when}: {got:?}");
+        Ok(())
+    };
+    talks(&mut scene, "without segfw")?;
+    scene.start(&[])?;
+    talks(&mut scene, "older than the agent")?;
+    for binary in ["segfw-next", "segfw"] {
+        let agent = scene.agent()?;
+        agent.kill()?;
+        agent.use_binary(binary);
+        agent.launch()?;
+        talks(&mut scene, "older than the layout")?;
+    }
+    // Its neighbour, without a rule.
+    let other = std::net::SocketAddr::new(to.ip(), PORT + 1);
+    let h = scene.cli.must(&Cmd::Socket { domain: libc::AF_INET, kind: libc::SOCK_DGRAM, proto: 0 })?.h;
+    ensure!(scene.cli.connect(h, other, 500)?.is_err(), "a denied port was connected");
+    Ok(())
 }
 
 /// Between two starts with one layout: programs are replaced behind their links, maps stay.

@@ -7,8 +7,8 @@ use crate::host::sockdiag::{DestroyError, Diag, Sock, State};
 use crate::policy::{Tables, TablesView};
 use segfw_common::decide::{Peer, standing};
 use segfw_common::{
-    Addr, AddressEntry, CgroupEntry, Decision, Direction, EndpointEntry, EndpointKey, Flow, Identity, LocalEntry,
-    Lookup, OriginKey, Party, Peers, Proto, RuleEntry, RuleKey, bounds, decide, identify,
+    Addr, AddressEntry, CgroupEntry, Decision, Direction, EndpointEntry, EndpointKey, Flow, FlowKey, FlowValue,
+    Identity, LocalEntry, Lookup, OriginKey, Party, Peers, Proto, RuleEntry, RuleKey, bounds, decide, identify,
 };
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::SocketAddr;
@@ -244,6 +244,32 @@ pub fn origins(
         let key = OriginKey { netns, client, server, client_port, server_port, pad: 0 };
         let _ = found.insert(key, Party { identity: entry.identity, workload: entry.workload });
         if found.len() == bounds::ORIGINS as usize {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Datagram flows of connected sockets that are older than the hooks: `send` meets none of them, so the answers would be new
+/// flows for ever. Of no generation: the first answer has the flow judged as it was opened.
+pub fn datagram_flows(
+    namespace: &Namespace,
+    cgroups: &BTreeMap<u64, CgroupEntry>,
+    now: u64,
+    found: &mut BTreeMap<FlowKey, FlowValue>,
+) -> Result<(), crate::host::sockdiag::Error> {
+    let mut diag = Diag::open(namespace)?;
+    let mut socks = diag.inet(false, Sock::UDP)?;
+    socks.extend(diag.inet(true, Sock::UDP)?);
+    for sock in socks.iter().filter(|s| s.remote.port() != 0) {
+        let Some((_, entry)) = owner(cgroups, sock) else { continue };
+        let (local, remote) = sock.canonical();
+        let ((_, local_port), (remote, remote_port)) = (parts(local), parts(remote));
+        let key = FlowKey { netns: namespace.cookie, remote, remote_port, local_port, protocol: Sock::UDP, pad: 0 };
+        let direction = Direction::Egress as u8;
+        let value = FlowValue { seen: now, local: entry.identity, direction, ..FlowValue::default() };
+        let _ = found.insert(key, value);
+        if found.len() == bounds::FLOWS as usize {
             break;
         }
     }

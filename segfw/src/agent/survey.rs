@@ -12,7 +12,8 @@ impl Core {
         let done = self
             .write_addresses(want)
             .and_then(|_| self.write_endpoints(&survey))
-            .and_then(|()| self.write_origins(&survey).map(drop));
+            .and_then(|()| self.write_origins(&survey).map(drop))
+            .and_then(|()| self.write_datagram_flows(&survey));
         if let Err(error) = done {
             tracing::error!("{error:#}");
         }
@@ -41,6 +42,20 @@ impl Core {
             }
         }
         Ok(written)
+    }
+
+    fn write_datagram_flows(&self, survey: &netns::Survey) -> anyhow::Result<()> {
+        let now = proc::boot_ns()?;
+        let mut found = BTreeMap::new();
+        for namespace in &survey.namespaces {
+            if let Err(error) = live::datagram_flows(namespace, &self.cgroups, now, &mut found) {
+                tracing::warn!("namespace {}: {error}", namespace.cookie);
+            }
+        }
+        for (key, value) in &found {
+            self.datapath.set_flow(key, value)?;
+        }
+        Ok(())
     }
 
     /// The namespaces that are ours, with their addresses; what cannot be looked into is a trouble.
