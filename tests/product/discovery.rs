@@ -195,6 +195,8 @@ fn churn() -> Result<()> {
     let _ = scene.eventually("no stale entry", Duration::from_secs(40), |scene| Ok(entries(scene)? == before))?;
     let status = scene.agent()?.status()?;
     ensure!(status["state"] == "ENFORCING", "{}", status["reasons"]);
+    // What the hooks enter by themselves is no tampering.
+    ensure!(status["repairs"] == serde_json::json!([]), "{}", status["repairs"]);
     let pin = segfw::datapath::load::layout_dir(scene.world.pins(), segfw_common::ABI_VERSION).join("CGROUPS");
     let map = sys::get(&pin)?.context("CGROUPS")?;
     let _ = scene.eventually("the kernel has no stale entry", Duration::from_secs(40), |_| {
