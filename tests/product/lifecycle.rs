@@ -112,7 +112,7 @@ fn datagrams() -> Result<()> {
     let server = scene.srv.listen_udp(to)?;
     let h = scene.cli.must(&Cmd::Socket { domain: libc::AF_INET, kind: libc::SOCK_DGRAM, proto: 0 })?.h;
     scene.cli.connect(h, to, 500)?.map_err(|e| anyhow::anyhow!(e))?;
-    let mut talks = |scene: &mut Scene, when: &str| -> Result<()> {
+    let talks = |scene: &mut Scene, when: &str| -> Result<()> {
         scene.cli.send(h, "ask")?.map_err(|e| anyhow::anyhow!("{when}: the question: {e}"))?;
         let asked = scene.srv.recv(server, 1000)?.map_err(|e| anyhow::anyhow!("{when}: the question: {e}"))?;
         let from: std::net::SocketAddr = asked.from.parse()?;
