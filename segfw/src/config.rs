@@ -234,10 +234,7 @@ pub enum ConfigError {
     #[error("{0}: {1}")]
     Settings(String, String),
     /// The old hierarchies only: containers share one cgroup of the new one there.
-    #[error(
-        "cgroup v1 only: no cgroup2 file system is mounted; boot with systemd.unified_cgroup_hierarchy=1, or mount one \
-         (mount -t cgroup2 none /sys/fs/cgroup/unified)"
-    )]
+    #[error("{}", crate::host::cgroup::Error::V1Only)]
     V1Only,
     /// No hierarchy.
     #[error(

@@ -2,6 +2,7 @@
 
 use crate::Test;
 use anyhow::{Context, Result, ensure};
+use segfw_tests::actor::Actor;
 use segfw_tests::agent::Agent;
 use segfw_tests::policy::Yaml;
 use segfw_tests::proto::Cmd;
@@ -27,6 +28,7 @@ pub(crate) fn tests() -> Vec<Test> {
         ("lifecycle/upgrade-and-downgrade-of-the-layout", layouts),
         ("lifecycle/restart-with-the-same-layout", restarts),
         ("lifecycle/connected-datagrams-older-than-the-programs", datagrams),
+        ("lifecycle/forged-origin-of-what-is-older", forged_origin),
     ]
 }
 
@@ -135,6 +137,35 @@ fn datagrams() -> Result<()> {
     let other = std::net::SocketAddr::new(to.ip(), PORT + 1);
     let h = scene.cli.must(&Cmd::Socket { domain: libc::AF_INET, kind: libc::SOCK_DGRAM, proto: 0 })?.h;
     ensure!(scene.cli.connect(h, other, 500)?.is_err(), "a denied port was connected");
+    Ok(())
+}
+
+/// The agent enters who opened what is open before the hooks judge. Somebody whose own namespace has the addresses and ports
+/// of that connection, too, must not be taken for its client.
+fn forged_origin() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let to = scene.server(segfw_tests::scene::OPEN);
+    let client = std::net::SocketAddr::new(scene.world.v4("a").into(), 40_001);
+    let connect = |actor: &mut Actor| -> Result<u32> {
+        let h = actor.must(&Cmd::Socket { domain: libc::AF_INET, kind: libc::SOCK_STREAM, proto: 0 })?.h;
+        let _ = actor.must(&Cmd::Bind { h, addr: client.to_string() })?;
+        actor.connect(h, to, 500)?.map_err(|e| anyhow::anyhow!(e))?;
+        Ok(h)
+    };
+    let h = connect(&mut scene.cli)?;
+    let _ = scene.ext.must(&Cmd::UnshareUser)?;
+    for ip in [client.ip(), to.ip()] {
+        let _ = scene.ext.must(&Cmd::AddAddress { ip: ip.to_string() })?;
+    }
+    let _ = scene.ext.listen_tcp(to)?;
+    let _ = connect(&mut scene.ext)?;
+    scene.start(&[])?;
+    for word in ["one", "two", "three"] {
+        scene.cli.send(h, word)?.map_err(|e| anyhow::anyhow!("{word}: {e}"))?;
+        let echo = scene.cli.recv(h, 1500)?.map_err(|e| anyhow::anyhow!("{word} comes not back: {e}"))?;
+        ensure!(echo.data == word, "{echo:?}");
+    }
+    ensure!(!scene.connects(segfw_tests::scene::SHUT)?, "a denied port was connected");
     Ok(())
 }
 

@@ -75,37 +75,33 @@ impl Core {
                 self.datapath.set_host_flags(self.flags),
             ));
         }
-        let active = self.datapath.active()?;
-        let Some(f) = &mut self.in_force else { return Ok(found) };
-        let ours = f.revision.generation;
-        let maps = self.datapath.inner_maps(active.slot)?;
-        if maps != f.maps {
-            let slot = (0..segfw_common::bounds::SLOTS)
-                .find(|slot| self.datapath.inner_maps(*slot).is_ok_and(|maps| maps == f.maps));
-            let (what, mended) = match slot {
-                // The word was turned to another slot; ours is whole.
-                Some(slot) => (
-                    format!("generation {} in slot {}, which is not ours", active.generation, active.slot),
-                    self.datapath.restore_active(Active { generation: active.generation.max(ours), slot }),
-                ),
+        let Some(f) = &self.in_force else { return Ok(found) };
+        let (active, ours) = (self.datapath.active()?, f.revision.generation);
+        let restore = |slot| self.datapath.restore_active(Active { generation: active.generation.max(ours), slot });
+        let is_ours = |slot: u32| self.datapath.inner_maps(slot).is_ok_and(|maps| maps == f.maps);
+        let (what, was, mended) = if self.datapath.inner_maps(active.slot)? != f.maps {
+            // The word may have been turned to another slot while ours is whole.
+            let (was, mended) = match (0..segfw_common::bounds::SLOTS).find(|slot| is_ours(*slot)) {
+                Some(slot) => {
+                    let was = format!("generation {} in slot {}, which is not ours", active.generation, active.slot);
+                    (was, restore(slot))
+                }
                 None => ("other tables".to_owned(), self.datapath.publish(&f.tables)),
             };
-            if let Ok(active) = &mended {
-                f.revision.generation = active.generation;
-                f.maps = self.datapath.inner_maps(active.slot)?;
-                let _ = self.names.revisions.insert(active.generation, f.revision.number);
-            }
-            found.push(Difference::new("map CONTROL, tables in force", what, mended.map(drop)));
+            ("tables in force", was, mended)
         } else if active.generation != ours {
-            let what = format!("generation {} instead of {ours}", active.generation);
-            let newer = Active { generation: active.generation.max(ours), slot: active.slot };
-            let mended = self.datapath.restore_active(newer);
-            if let Ok(active) = &mended {
-                f.revision.generation = active.generation;
-                let _ = self.names.revisions.insert(active.generation, f.revision.number);
+            ("generation in force", format!("generation {} instead of {ours}", active.generation), restore(active.slot))
+        } else {
+            return Ok(found);
+        };
+        if let Ok(active) = &mended {
+            let maps = self.datapath.inner_maps(active.slot)?;
+            self.now_is(*active);
+            if let Some(f) = &mut self.in_force {
+                f.maps = maps;
             }
-            found.push(Difference::new("map CONTROL, generation in force", what, mended.map(drop)));
         }
+        found.push(Difference::new(format!("map CONTROL, {what}"), was, mended.map(drop)));
         Ok(found)
     }
 
@@ -122,31 +118,25 @@ impl Core {
                 found.push(Difference::new(format!("map CGROUPS, cgroup {id}"), what, mended));
             }
         }
-        let have: BTreeMap<PathKey, CgroupEntry> = self.datapath.paths()?.into_iter().collect();
-        for key in have.keys().chain(self.paths.keys()).collect::<BTreeSet<_>>() {
-            let (is, should) = (have.get(key), self.paths.get(key));
-            if is != should {
-                let mended = match should {
-                    Some(entry) => self.datapath.set_path(key, entry),
-                    None => self.datapath.remove_path(key).map(drop),
-                };
-                let bytes = key.bytes.split(|b| *b == 0).next().unwrap_or_default();
-                let what = format!("map PATHS, {}", String::from_utf8_lossy(bytes));
-                found.push(Difference::new(what, changed(is.is_some(), should.is_some()), mended));
-            }
-        }
-        let have: BTreeMap<Addr, AddressEntry> = self.datapath.addresses()?.into_iter().collect();
-        for key in have.keys().chain(self.addresses.keys()).collect::<BTreeSet<_>>() {
-            let (is, should) = (have.get(key), self.addresses.get(key));
-            if is != should {
-                let mended = match should {
-                    Some(entry) => self.datapath.set_address(key, entry),
-                    None => self.datapath.remove_address(key).map(drop),
-                };
-                let what = format!("map ADDRESSES, {key}");
-                found.push(Difference::new(what, changed(is.is_some(), should.is_some()), mended));
-            }
-        }
+        let path = |key: &PathKey| {
+            let bytes = key.bytes.split(|b| *b == 0).next().unwrap_or_default();
+            format!("map PATHS, {}", String::from_utf8_lossy(bytes))
+        };
+        let have = self.datapath.paths()?.into_iter().collect();
+        found.extend(mend(&have, &self.paths, path, |key, should| match should {
+            Some(entry) => self.datapath.set_path(key, entry),
+            None => self.datapath.remove_path(key).map(drop),
+        }));
+        let have = self.datapath.addresses()?.into_iter().collect();
+        found.extend(mend(
+            &have,
+            &self.addresses,
+            |addr| format!("map ADDRESSES, {addr}"),
+            |addr, should| match should {
+                Some(entry) => self.datapath.set_address(addr, entry),
+                None => self.datapath.remove_address(addr).map(drop),
+            },
+        ));
         // Whatever was judged by a wrong entry is judged again.
         if !found.is_empty() {
             self.touch();
@@ -194,10 +184,23 @@ impl Core {
     }
 }
 
-fn changed(is: bool, should: bool) -> &'static str {
-    match (is, should) {
-        (true, false) => "an entry that nobody wrote",
-        (false, true) => "no entry",
-        (_, _) => "another value",
-    }
+/// Makes a table that nobody but us writes equal to what it should be.
+fn mend<K: Ord, V: PartialEq>(
+    have: &BTreeMap<K, V>,
+    want: &BTreeMap<K, V>,
+    name: impl Fn(&K) -> String,
+    set: impl Fn(&K, Option<&V>) -> Result<(), crate::datapath::Error>,
+) -> Vec<Difference> {
+    let keys: BTreeSet<&K> = have.keys().chain(want.keys()).collect();
+    let differ = keys.into_iter().map(|key| (key, have.get(key), want.get(key))).filter(|(_, is, should)| is != should);
+    differ
+        .map(|(key, is, should)| {
+            let found = match (is, should) {
+                (Some(_), None) => "an entry that nobody wrote",
+                (None, _) => "no entry",
+                (Some(_), Some(_)) => "another value",
+            };
+            Difference::new(name(key), found, set(key, should))
+        })
+        .collect()
 }

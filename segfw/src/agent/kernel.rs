@@ -1,6 +1,7 @@
 //! What the agent writes to the kernel beside the tables: who is who, and the hooks.
 
 use super::*;
+use crate::datapath::generation::Active;
 
 /// The trouble of [`Core::attach_walls`].
 pub(super) const NO_WALL: &str = "xdp";
@@ -197,13 +198,16 @@ impl Core {
     /// Who is who has changed: cached verdicts are asked again.
     pub(super) fn touch(&mut self) {
         match self.datapath.touch() {
-            Ok(active) => {
-                if let Some(f) = &mut self.in_force {
-                    f.revision.generation = active.generation;
-                    let _ = self.names.revisions.insert(active.generation, f.revision.number);
-                }
-            }
+            Ok(active) => self.now_is(active),
             Err(error) => tracing::error!("{error}"),
+        }
+    }
+
+    /// The revision in force has another number in the kernel.
+    pub(super) fn now_is(&mut self, active: Active) {
+        if let Some(f) = &mut self.in_force {
+            f.revision.generation = active.generation;
+            let _ = self.names.revisions.insert(active.generation, f.revision.number);
         }
     }
 }

@@ -240,6 +240,10 @@ pub fn origins(
         if listeners.contains(&client_port) || !(server.is_loopback() || is_local(&server)) {
             continue;
         }
+        // Addresses in a namespace that somebody made for himself are whatever he likes (see `addresses`).
+        if namespace.self_made && !server.is_loopback() {
+            continue;
+        }
         let netns = if server.is_loopback() { namespace.cookie } else { 0 };
         let key = OriginKey { netns, client, server, client_port, server_port, pad: 0 };
         let _ = found.insert(key, Party { identity: entry.identity, workload: entry.workload });

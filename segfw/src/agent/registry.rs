@@ -102,17 +102,21 @@ impl Registry {
         let asks = |m: &Matcher| matches!(m, Matcher::Container { .. } | Matcher::Pod { .. });
         self.asks = docs.iter().flat_map(|d| &d.matches).any(|m| asks(&m.value));
         self.docs = docs;
-        self.look_again(|_| true);
+        let _ = self.look_again(|_| true);
     }
 
-    /// What is known of some cgroups has changed.
-    fn look_again(&mut self, which: impl Fn(&Standing) -> bool) {
+    /// What is known of some cgroups has changed. True if one of them is somebody else now.
+    fn look_again(&mut self, which: impl Fn(&Standing) -> bool) -> bool {
+        let mut changed = false;
         let mut tree = std::mem::take(&mut self.tree);
         for (path, node) in tree.iter_mut().filter(|(_, node)| which(&node.standing)) {
-            node.standing = self.look(path, node.batch);
-            self.remember(path, &node.standing);
+            let standing = self.look(path, node.batch);
+            self.remember(path, &standing);
+            changed |= standing != node.standing;
+            node.standing = standing;
         }
         self.tree = tree;
+        changed
     }
 
     /// Do the documents ask what a container is?
@@ -141,7 +145,6 @@ impl Registry {
             let kept = self.containers.containers.iter().filter(|c| !told.contains(&c.id) && live.contains(&c.id));
             all.extend(kept.cloned());
         }
-        let before: Vec<Standing> = self.tree.values().map(|node| node.standing.clone()).collect();
         let listing = Listing::of(all);
         let same = listing.containers == self.containers.containers;
         if !same {
@@ -150,8 +153,7 @@ impl Registry {
         }
         self.listed = batch;
         // Most answers are the same again: then only what waits is worth a look.
-        self.look_again(|standing| !same || *standing == Standing::Unresolved);
-        self.tree.values().map(|node| &node.standing).ne(before.iter())
+        self.look_again(|standing| !same || *standing == Standing::Unresolved)
     }
 
     /// Takes note of what happened in the tree.

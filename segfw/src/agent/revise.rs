@@ -308,23 +308,9 @@ impl Core {
     }
 
     pub(super) fn save(&mut self) {
-        match self.store.save(&self.saved) {
-            Ok(()) => {
-                let _ = self.troubles.remove("save");
-            }
-            Err(e) => {
-                let what = format!("the state cannot be written to {}: {e}", self.config.state_dir.display());
-                tracing::error!("{what}");
-                let _ = self.troubles.insert(
-                    "save",
-                    trouble(
-                        &what,
-                        "enforcement goes on; after a reboot an older revision would be in force first",
-                        "make room, or repair the file system",
-                    ),
-                );
-            }
-        }
+        let saved = self.store.save(&self.saved);
+        let what = format!("the state cannot be written to {}", self.config.state_dir.display());
+        self.written("save", &what, "after a reboot an older revision would be in force first", saved);
     }
 
     /// Keeps the files of the revision in force, so that they can be put back.
@@ -335,23 +321,21 @@ impl Core {
             return;
         }
         let source = self.source.as_deref().unwrap_or(archive::FOLDER);
-        match self.archive.keep(number, f.revision.loaded_at, source, &f.files) {
-            Ok(()) => {
-                let _ = self.troubles.remove("history");
-            }
-            Err(e) => {
-                let what = format!("revision {number} cannot be kept in {}: {e}", self.config.state_dir.display());
-                tracing::error!("{what}");
-                let _ = self.troubles.insert(
-                    "history",
-                    trouble(
-                        &what,
-                        "enforcement goes on; there is no way back to this revision",
-                        "make room, or repair the file system",
-                    ),
-                );
-            }
-        }
+        let kept = self.archive.keep(number, f.revision.loaded_at, source, &f.files);
+        let what = format!("revision {number} cannot be kept in {}", self.config.state_dir.display());
+        self.written("history", &what, "there is no way back to this revision", kept);
+    }
+
+    /// A trouble of the state folder comes, or goes.
+    fn written(&mut self, kind: &'static str, what: &str, consequence: &str, outcome: std::io::Result<()>) {
+        let Err(error) = outcome else {
+            let _ = self.troubles.remove(kind);
+            return;
+        };
+        let what = format!("{what}: {error}");
+        tracing::error!("{what}");
+        let consequence = format!("enforcement goes on; {consequence}");
+        let _ = self.troubles.insert(kind, trouble(&what, &consequence, "make room, or repair the file system"));
     }
 
     /// As `reload`, for files that somebody has put there who says who they are from.

@@ -5,11 +5,10 @@ use super::report::{At, CaseReport, EndReport, EndSpec, Finding, Held, Question,
 use crate::flow::record::Protocol;
 use crate::policy::compile::{Clock, CompileProblem, compile};
 use crate::policy::document::{CaseDoc, CaseEnd, Document, TestDoc};
-use crate::policy::explain::View;
+use crate::policy::explain::{self, View};
 use crate::policy::host_policy::{HostPolicy, Labels};
 use crate::policy::tables::{Numbers, Tables};
-use segfw_common::rule::ipproto;
-use segfw_common::{Proto, Verdict};
+use segfw_common::Verdict;
 
 /// Every case of every Test, in the order of the documents. `local` are the label sets of the host, `host` the labels of
 /// every workload of it. The error is that of [`compile`]: with the workloads that cases name there may be no room.
@@ -64,20 +63,6 @@ fn spec(end: &CaseEnd, host: &Labels) -> EndSpec {
     }
 }
 
-fn number(proto: Proto) -> u16 {
-    match proto {
-        Proto::Tcp => ipproto::TCP,
-        Proto::Udp => ipproto::UDP,
-        Proto::Icmp => ipproto::ICMP,
-        Proto::Icmpv6 => ipproto::ICMPV6,
-        Proto::Sctp => ipproto::SCTP,
-        Proto::UdpLite => ipproto::UDPLITE,
-        Proto::Dccp => ipproto::DCCP,
-        // The language has no word for it.
-        Proto::Other => 0,
-    }
-}
-
 fn one(
     test: &TestDoc,
     case: &CaseDoc,
@@ -86,7 +71,7 @@ fn one(
     host: &Labels,
     clock: Clock,
 ) -> CaseReport {
-    let port = Service { protocol: Protocol(number(case.port.proto)), port: case.port.first };
+    let port = Service { protocol: Protocol(explain::protocol(case.port.proto, 0)), port: case.port.first };
     let question = Question { from: spec(&case.from, host), to: spec(&case.to, host), port };
     let mut report = CaseReport {
         test: test.meta.name.clone(),

@@ -519,7 +519,8 @@ fn on_revoke_text(local: &LocalEntry) -> String {
     }
 }
 
-fn protocol(proto: Proto, port: u16) -> u16 {
+/// IP protocol number; `other` for what the language has no word for.
+pub(crate) fn protocol(proto: Proto, other: u16) -> u16 {
     match proto {
         Proto::Tcp => ipproto::TCP,
         Proto::Udp => ipproto::UDP,
@@ -528,7 +529,7 @@ fn protocol(proto: Proto, port: u16) -> u16 {
         Proto::Sctp => ipproto::SCTP,
         Proto::UdpLite => ipproto::UDPLITE,
         Proto::Dccp => ipproto::DCCP,
-        Proto::Other => port,
+        Proto::Other => other,
     }
 }
 

@@ -4,7 +4,6 @@ use super::random::{ADDRESSES, PROBES, Rng, World};
 use super::testing::{BOOT, WALL, clock, labels, policy, port, segment};
 use super::*;
 use segfw_common::decide::{Decision, Flow, Peer};
-use segfw_common::rule::ipproto;
 use segfw_common::{Verdict, control, decide};
 
 fn compiled(policy: &HostPolicy, local: &[&str], remote: &[&str]) -> (Tables, Numbers) {
@@ -28,19 +27,6 @@ fn identity(tables: &Tables, numbers: &Numbers, who: &Who) -> Identity {
     }
 }
 
-fn protocol(proto: Proto, port: u16) -> u16 {
-    match proto {
-        Proto::Tcp => ipproto::TCP,
-        Proto::Udp => ipproto::UDP,
-        Proto::Icmp => ipproto::ICMP,
-        Proto::Icmpv6 => ipproto::ICMPV6,
-        Proto::Sctp => ipproto::SCTP,
-        Proto::UdpLite => ipproto::UDPLITE,
-        Proto::Dccp => ipproto::DCCP,
-        Proto::Other => port,
-    }
-}
-
 fn ask(tables: &Tables, numbers: &Numbers, case: &Case, evidence: Evidence, host_flags: u64) -> Decision {
     let far = Addr::v4([198, 51, 100, 7]);
     let (local_port, remote_port) = match case.direction {
@@ -49,7 +35,7 @@ fn ask(tables: &Tables, numbers: &Numbers, case: &Case, evidence: Evidence, host
     };
     let flow = Flow {
         direction: case.direction,
-        protocol: protocol(case.proto, case.port),
+        protocol: crate::policy::explain::protocol(case.proto, case.port),
         local: identity(tables, numbers, &case.local),
         workload: 0,
         netns: 1,
