@@ -54,7 +54,7 @@ pub enum Reason {
     UnresolvedLocal = 6,
     /// The rule demands better evidence of who the peer is; or (egress) the datagram's source address is another's.
     NotAuthenticated = 7,
-    /// The segment was not granted this socket type or protocol.
+    /// The segment was not granted this socket type, protocol or address family.
     ProtocolNotGranted = 8,
     /// The packet cannot be read.
     Malformed = 9,
@@ -181,6 +181,10 @@ pub enum Hook {
     Xdp = 7,
     /// The agent's sweep of live connections.
     Sweep = 8,
+    /// `inet_conn_request`: gate conn.
+    ConnRequest = 9,
+    /// `socket_create`: the list of address families.
+    SocketFamily = 10,
 }
 
 impl Hook {
@@ -195,6 +199,8 @@ impl Hook {
             Self::SockOps => "sock_ops",
             Self::Xdp => "xdp",
             Self::Sweep => "sweep",
+            Self::ConnRequest => "inet_conn_request",
+            Self::SocketFamily => "socket_create",
         }
     }
     /// From a raw byte; `None` for a value of a newer layout.
@@ -208,6 +214,8 @@ impl Hook {
             6 => Self::SockOps,
             7 => Self::Xdp,
             8 => Self::Sweep,
+            9 => Self::ConnRequest,
+            10 => Self::SocketFamily,
             _ => return None,
         })
     }
@@ -281,8 +289,10 @@ pub struct FlowEvent {
     pub reject: u8,
     /// Socket type (`SOCK_STREAM` ...) at `Socket`; else 0.
     pub socket_type: u8,
+    /// Address family (`AF_PACKET` ...) where a family was refused; else 0.
+    pub family: u8,
     /// Zero.
-    pub pad: [u8; 5],
+    pub pad: [u8; 4],
     /// Name of the calling task, zero-filled.
     pub comm: [u8; 16],
 }
@@ -361,13 +371,17 @@ pub enum Counter {
     OriginsFull = 137,
     /// Flows that could not be stored.
     FlowsFull = 138,
+    /// Listeners that found the table full.
+    ListenersFull = 139,
+    /// SYNs for a listener that is not in the table: judged as of an unresolved workload.
+    ListenerUnknown = 140,
 }
 
 impl Counter {
     /// Entries in the counter array.
     pub const LEN: u32 = 160;
     /// Every named counter.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::EventsLost,
         Self::EventsSent,
         Self::DenialsAggregated,
@@ -379,6 +393,8 @@ impl Counter {
         Self::Malformed,
         Self::OriginsFull,
         Self::FlowsFull,
+        Self::ListenersFull,
+        Self::ListenerUnknown,
     ];
 
     /// The word users see.
@@ -395,6 +411,8 @@ impl Counter {
             Self::Malformed => "malformed",
             Self::OriginsFull => "origins-full",
             Self::FlowsFull => "flows-full",
+            Self::ListenersFull => "listeners-full",
+            Self::ListenerUnknown => "listener-unknown",
         }
     }
 

@@ -17,6 +17,8 @@ impl Identity {
     /// Sockets with which the agent finds out whether the hooks still refuse: every policy denies it everything, and what
     /// it does is neither counted nor reported.
     pub const CANARY: Self = Self(4);
+    /// The same, of whom no policy speaks: with it the agent finds out that a gate lets anybody through at all.
+    pub const CANARY_OPEN: Self = Self(5);
     /// In a rule key: every identity that has no entry of its own. Never the identity of anybody.
     pub const ANY: Self = Self(255);
     /// The first number that stands for a set of labels or for an address range.

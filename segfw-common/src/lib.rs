@@ -9,6 +9,7 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod addr;
+pub mod conn;
 pub mod decide;
 pub mod event;
 pub mod identity;
@@ -23,12 +24,12 @@ pub use event::{EventKind, FlowEvent, Reason, Verdict};
 pub use identity::{Evidence, Identity};
 pub use rule::{Action, Direction, LocalEntry, Proto, RuleEntry, RuleKey};
 pub use state::{
-    AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, FlowKey, FlowValue, OriginKey, Party, SocketState,
+    AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, FlowKey, FlowValue, Listener, OriginKey, Party, SocketState,
 };
 
 /// Number of this layout. It is part of the pin path: an agent never opens maps of another layout.
 /// Raise it with every change to a type in this crate that a map holds.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Bounds of the kernel side. Reaching one is counted (see [`event::Counter`]) and has the behaviour named here.
 pub mod bounds {
@@ -52,6 +53,8 @@ pub mod bounds {
     pub const ORIGINS: u32 = 1 << 16;
     /// Local sockets that listen or that sent a datagram. Full: counted, the peer counts as unknown.
     pub const ENDPOINTS: u32 = 1 << 16;
+    /// TCP listeners, by cookie, for gate conn. Full: counted, and what connects to such a listener is refused.
+    pub const LISTENERS: u32 = 1 << 16;
     /// Addresses of this host and of its network namespaces.
     pub const ADDRESSES: u32 = 1 << 16;
     /// Datagram flows. LRU: a reply to a forgotten flow is judged as a new flow, without state.
@@ -88,6 +91,9 @@ pub mod control {
     pub const HOST_MONITOR: u64 = 1;
     /// What becomes of new flows of enforced workloads when the agent is gone: they pass. Without this bit: refused.
     pub const HOST_GONE_OPEN: u64 = 2;
+    /// The agent answers for a part of the cgroup tree (`--cgroup-root`): listeners it does not know, and processes of
+    /// no workload, are somebody else's.
+    pub const HOST_PART: u64 = 4;
     /// From this bit on the word says when the agent counts as gone: boot nanoseconds in units of `2^GONE_UNIT`
     /// (about a millisecond), rounded up; 0 = never (`lastKnownGood`). One word, so nobody reads half of it.
     pub const GONE_SHIFT: u32 = 8;

@@ -228,7 +228,8 @@ pub struct LocalEntry {
     pub drain_ns: u64,
     /// `MONITOR`, `OPEN`, and one bit per direction and kind of key that occurs (see [`LocalEntry::level`]).
     pub flags: u32,
-    /// Bits of `GRANT_*`: the socket types this identity may create besides TCP streams and UDP datagrams.
+    /// Bits of `GRANT_*`: the socket types this identity may create besides TCP streams and (not if `TCP_ONLY`) UDP
+    /// datagrams.
     pub grants: u32,
     /// [`Action`] where no entry decides, by [`Direction`].
     pub default: [u8; 2],
@@ -243,6 +244,8 @@ impl LocalEntry {
     pub const MONITOR: u32 = 1;
     /// The identity is known and in no segment: not enforced.
     pub const OPEN: u32 = 2;
+    /// UDP sockets are refused when they are made, as every type is that was not granted.
+    pub const TCP_ONLY: u32 = 4;
     /// ICMP and ICMPv6 datagram sockets ("ping sockets"), and raw sockets of these two protocols.
     pub const GRANT_PING: u32 = 1;
     /// Raw sockets of every protocol; each packet is judged at egress.
@@ -255,6 +258,15 @@ impl LocalEntry {
     pub const GRANT_DCCP: u32 = 16;
     /// MPTCP: subflows are judged as TCP connections.
     pub const GRANT_MPTCP: u32 = 32;
+    /// Packet sockets (`AF_PACKET`). No hook judges what they send.
+    pub const GRANT_PACKET: u32 = 64;
+    /// Sockets to the hypervisor and its guests (`AF_VSOCK`). No hook judges what they send.
+    pub const GRANT_VSOCK: u32 = 128;
+    /// Every address family besides IPv4, IPv6, local, netlink and the two above. No hook judges what they send.
+    pub const GRANT_FAMILIES: u32 = 256;
+    /// Those whose packets come in through `cgroup_skb/ingress` and no other gate.
+    pub const GRANTS_BY_PACKET: u32 =
+        Self::GRANT_PING | Self::GRANT_RAW | Self::GRANT_SCTP | Self::GRANT_UDPLITE | Self::GRANT_DCCP;
 
     /// The flag bit that says: this identity has keys of this kind.
     #[inline(always)]

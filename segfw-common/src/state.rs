@@ -114,6 +114,21 @@ pub struct EndpointEntry {
     pub sockets: u64,
 }
 
+/// Value of the table of TCP listeners; the key is the socket cookie (`SO_COOKIE`). Gate conn runs in programs that have no
+/// socket storage, so who a listener is stands here as well.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Listener {
+    /// Network namespace cookie; 0 = not known.
+    pub netns: u64,
+    /// Cgroup the socket was born in; 0 = not known.
+    pub cgroup: u64,
+    /// [`Identity`] of the owner, should the cgroup not be registered (any more).
+    pub identity: u32,
+    /// Number of the workload; 0 = none.
+    pub workload: u32,
+}
+
 /// Key of the table of local TCP connections, from the client's side.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -244,6 +259,7 @@ const _: () = assert!(size_of::<PathKey>() == 132);
 const _: () = assert!(size_of::<AddressEntry>() == 16);
 const _: () = assert!(size_of::<EndpointKey>() == 32);
 const _: () = assert!(size_of::<EndpointEntry>() == 16);
+const _: () = assert!(size_of::<Listener>() == 24);
 const _: () = assert!(size_of::<OriginKey>() == 48);
 const _: () = assert!(size_of::<FlowKey>() == 32);
 const _: () = assert!(size_of::<FlowValue>() == 32);
@@ -267,6 +283,7 @@ mod pod {
         AddressEntry,
         EndpointKey,
         EndpointEntry,
+        Listener,
         OriginKey,
         FlowKey,
         FlowValue,

@@ -48,7 +48,7 @@ pub fn unreadable(kernel: &Kernel, state: &SocketState) -> Answer {
 }
 
 #[inline(always)]
-fn monitored(kernel: &Kernel, local: &LocalEntry) -> bool {
+pub fn monitored(kernel: &Kernel, local: &LocalEntry) -> bool {
     local.flags & LocalEntry::MONITOR != 0 || kernel.host_flags() & control::HOST_MONITOR != 0
 }
 
@@ -77,10 +77,13 @@ pub fn create(ctx: &SockContext) -> Answer {
     };
     let ordinary =
         (kind == SOCK_STREAM && protocol == ipproto::TCP) || (kind == SOCK_DGRAM && protocol == ipproto::UDP);
-    if ordinary && stored {
+    if ordinary && stored && kind == SOCK_STREAM {
         return Answer::Pass;
     }
     let Some((_, local)) = standing(&kernel, Identity(party.identity)) else { return Answer::Pass };
+    if ordinary && stored && local.flags & LocalEntry::TCP_ONLY == 0 {
+        return Answer::Pass;
+    }
     let reason = if !stored {
         Reason::NoMemory
     } else if local.grants & grant(kind, protocol) != 0 {
@@ -109,6 +112,7 @@ pub fn create(ctx: &SockContext) -> Answer {
         hook: Hook::SockCreate,
         process: true,
         socket_type: kind as u8,
+        family: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup,
@@ -289,6 +293,7 @@ pub fn without_state(kernel: &Kernel, flow: &mut Flow, hook: Hook) -> Answer {
         hook,
         process: true,
         socket_type: 0,
+        family: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup,
@@ -359,6 +364,7 @@ fn outbound(
         hook,
         process: hook as u8 == Hook::Sendmsg as u8,
         socket_type: 0,
+        family: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup: state.cgroup,
@@ -517,6 +523,7 @@ pub fn ingress(skb: *mut __sk_buff, sk: &bpf_sock, state: &mut SocketState, kern
         hook: Hook::Ingress,
         process: false,
         socket_type: 0,
+        family: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup: state.cgroup,

@@ -14,6 +14,8 @@ pub struct About {
     /// The hook runs in the process that acts, so its name and id mean something.
     pub process: bool,
     pub socket_type: u8,
+    /// Address family, where that is what was judged.
+    pub family: u8,
     pub generation: u32,
     /// Sequence number of a SYN that a rule rejects.
     pub sequence: u32,
@@ -23,7 +25,7 @@ pub struct About {
 /// Counts a judged flow, and reports it unless that would be one denial too many or the rule is quiet.
 #[inline(never)]
 pub fn report(about: &About, flow: &Flow, j: &Judgement) {
-    if flow.local.0 == Identity::CANARY.0 {
+    if flow.local.0 == Identity::CANARY.0 || flow.local.0 == Identity::CANARY_OPEN.0 {
         return;
     }
     let verdict = j.decision.verdict;
@@ -86,6 +88,7 @@ fn write(about: &About, flow: &Flow, j: &Judgement, time: u64) {
     e.hook = about.hook as u8;
     e.reject = (j.decision.reject && matches!(j.decision.verdict, Verdict::Denied)) as u8;
     e.socket_type = about.socket_type;
+    e.family = about.family;
     if about.process {
         // SAFETY: `comm` is 16 bytes of the reserved record.
         unsafe {

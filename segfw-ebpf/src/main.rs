@@ -8,6 +8,7 @@
 #![expect(internal_features, reason = "core::sync::atomic has no read-modify-write on bpfel-unknown-none")]
 
 mod cgroups;
+mod conn;
 mod datagram;
 mod emit;
 mod judge;
@@ -19,8 +20,8 @@ mod stream;
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
 use aya_ebpf::helpers::generated::bpf_set_retval;
-use aya_ebpf::macros::{cgroup_skb, cgroup_sock, cgroup_sock_addr, sock_ops, tracepoint, xdp};
-use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext, SockOpsContext, TracePointContext, XdpContext};
+use aya_ebpf::macros::{cgroup_skb, cgroup_sock, cgroup_sock_addr, lsm, sock_ops, tracepoint, xdp};
+use aya_ebpf::programs::{LsmContext, SkBuffContext, SockAddrContext, SockContext, SockOpsContext, TracePointContext, XdpContext};
 
 /// What a hook wants done; why is in the event it sent.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -55,6 +56,16 @@ fn syscall_verdict(answer: Answer) -> i32 {
         let _ = unsafe { bpf_set_retval(-ECONNREFUSED) };
     }
     cgroup_verdict(answer)
+}
+
+/// The same for hooks of the kernel's own security checks: 0 = go on, an error number = refuse.
+#[inline(always)]
+fn security_verdict(answer: Answer) -> i32 {
+    const EPERM: i32 = 1;
+    match answer {
+        Answer::Pass => 0,
+        Answer::Refuse | Answer::RefuseLoudly => -EPERM,
+    }
 }
 
 /// A cgroup is being made: is it a workload by its path?
@@ -132,6 +143,18 @@ fn skb_egress(ctx: SkBuffContext) -> i32 {
 fn tcp_life(ctx: SockOpsContext) -> u32 {
     stream::life(&ctx);
     1
+}
+
+/// Gate conn: a SYN has reached a listener.
+#[lsm(hook = "inet_conn_request")]
+fn conn_request(ctx: LsmContext) -> i32 {
+    security_verdict(conn::request(ctx.arg(0), ctx.arg(1)))
+}
+
+/// A process asks for a socket, of whatever family.
+#[lsm(hook = "socket_create")]
+fn socket_family(ctx: LsmContext) -> i32 {
+    security_verdict(conn::family(ctx.arg(0), ctx.arg(1), ctx.arg(2), ctx.arg(3)))
 }
 
 /// The outer wall: what the sockets would refuse anyway, refused before it costs a buffer.

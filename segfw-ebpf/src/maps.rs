@@ -13,8 +13,8 @@ use segfw_common::event::{Counter, DenialCount, DenialKey, RuleCount};
 use segfw_common::rule::Proto;
 use segfw_common::state::PathKey;
 use segfw_common::{
-    Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, FlowEvent, FlowKey, FlowValue, Identity, LocalEntry,
-    Lookup, OriginKey, Party, Peers, RuleEntry, RuleKey, SocketState, bounds, control,
+    Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, FlowEvent, FlowKey, FlowValue, Identity, Listener,
+    LocalEntry, Lookup, OriginKey, Party, Peers, RuleEntry, RuleKey, SocketState, bounds, control,
 };
 
 /// `BPF_F_RDONLY_PROG` (include/uapi/linux/bpf.h): programs read, only user space writes, until it freezes the map.
@@ -58,6 +58,9 @@ static XDP_NETNS: HashMap<u32, u64, 256, RDONLY_PROG> = HashMap::new();
 
 #[btf_map]
 static ENDPOINTS: HashMap<EndpointKey, EndpointEntry, { bounds::ENDPOINTS as usize }, NO_PREALLOC> = HashMap::new();
+/// By socket cookie. What `ENDPOINTS` cannot say: which of the sockets that share an address a SYN is for.
+#[btf_map]
+static LISTENERS: HashMap<u64, Listener, { bounds::LISTENERS as usize }, NO_PREALLOC> = HashMap::new();
 #[btf_map]
 static ORIGINS: LruHashMap<OriginKey, Party, { bounds::ORIGINS as usize }> = LruHashMap::new();
 #[btf_map]
@@ -295,6 +298,25 @@ pub fn unregister_endpoint(key: &EndpointKey) {
             add(&mut entry.sockets, u64::MAX);
         }
     }
+}
+
+/// The listener of this cookie.
+#[inline(always)]
+pub fn listener(cookie: u64) -> Option<Listener> {
+    // SAFETY: copied at once; freed after a grace period (NO_PREALLOC).
+    unsafe { LISTENERS.get(&cookie).copied() }
+}
+
+#[inline(always)]
+pub fn store_listener(cookie: u64, listener: &Listener) {
+    if LISTENERS.insert(&cookie, listener, 0).is_err() {
+        count(Counter::ListenersFull as u32);
+    }
+}
+
+#[inline(always)]
+pub fn forget_listener(cookie: u64) {
+    let _ = LISTENERS.remove(&cookie);
 }
 
 /// Adds to a word that other CPUs add to as well.

@@ -110,6 +110,7 @@ pub fn judge_frame(ctx: &XdpContext) -> Answer {
         hook: Hook::Xdp,
         process: false,
         socket_type: 0,
+        family: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup: 0,

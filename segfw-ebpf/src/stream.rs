@@ -5,22 +5,23 @@ use crate::datagram;
 use crate::emit::{About, begin, describe, report, submit};
 use crate::judge::{Live, blur, cached, judge, live, opaque_zero, remember, unjudged};
 use crate::maps::{
-    Kernel, forget_origin, now, register_endpoint, socket_state, socket_state_or_new, store_origin, unregister_endpoint,
+    Kernel, forget_listener, forget_origin, now, register_endpoint, socket_state, socket_state_or_new, store_listener,
+    store_origin, unregister_endpoint,
 };
-use crate::socket::{AF_INET6, of_process, refresh, resolve_skb, source_addr};
+use crate::socket::{AF_INET6, of_process, refresh, resolve_current, resolve_skb, source_addr};
 use aya_ebpf::bindings::{
     __sk_buff, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
     BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, bpf_sock, bpf_sock_addr, bpf_sock_ops,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_get_netns_cookie, bpf_sk_fullsock, bpf_skb_load_bytes, bpf_sock_ops_cb_flags_set,
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_fullsock, bpf_skb_load_bytes, bpf_sock_ops_cb_flags_set,
 };
 use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockOpsContext};
 use segfw_common::decide::origin_key;
 use segfw_common::event::{Counter, Hook};
 use segfw_common::packet::{self, Bytes, Packet};
 use segfw_common::rule::ipproto;
-use segfw_common::{Addr, Direction, EndpointKey, EventKind, Flow, Identity, Party, SocketState, Verdict};
+use segfw_common::{Addr, Direction, EndpointKey, EventKind, Flow, Identity, Listener, Party, SocketState, Verdict};
 
 const TCP_CLOSE: u32 = 7;
 const TCP_LISTEN: u32 = 10;
@@ -159,6 +160,7 @@ pub fn connect(ctx: &SockAddrContext, v6: bool) -> Answer {
             hook: Hook::Connect,
             process: true,
             socket_type: 0,
+            family: 0,
             generation: kernel.generation,
             sequence: 0,
             cgroup: state.cgroup,
@@ -253,6 +255,7 @@ fn handshake(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> An
             hook: Hook::Ingress,
             process: false,
             socket_type: 0,
+            family: 0,
             generation: kernel.generation,
             sequence: packet.sequence,
             cgroup: state.cgroup,
@@ -307,6 +310,7 @@ fn alive(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> Answer
                 hook: Hook::Ingress,
                 process: false,
                 socket_type: 0,
+                family: 0,
                 generation: kernel.generation,
                 sequence: 0,
                 cgroup: state.cgroup,
@@ -352,6 +356,7 @@ pub fn outlived(state: &mut SocketState, kernel: &Kernel) -> Answer {
                 hook: Hook::Egress,
                 process: false,
                 socket_type: 0,
+                family: 0,
                 generation: kernel.generation,
                 sequence: 0,
                 cgroup: state.cgroup,
@@ -464,6 +469,7 @@ fn leaves(ops: *mut bpf_sock_ops) {
         hook: Hook::SockOps,
         process: true,
         socket_type: 0,
+        family: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup: state.cgroup,
@@ -516,6 +522,7 @@ fn accepted(ops: *mut bpf_sock_ops) {
         hook: Hook::SockOps,
         process: false,
         socket_type: 0,
+        family: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup: state.cgroup,
@@ -526,8 +533,27 @@ fn accepted(ops: *mut bpf_sock_ops) {
 /// A listener: its endpoint is known from now on, and no answer of an earlier life of the socket is left on it.
 #[inline(always)]
 fn listens(ops: *mut bpf_sock_ops) {
-    let Some(state) = state_of(ops) else { return };
+    // SAFETY: the program's context.
+    let sk = unsafe { (*ops).__bindgen_anon_2.sk };
+    if sk.is_null() {
+        return;
+    }
+    let state = match socket_state(sk.cast()) {
+        Some(state) => state,
+        // Made before the hooks were: known by whoever makes it listen.
+        None => {
+            let Some(state) = socket_state_or_new(sk.cast()) else { return };
+            state.protocol = ipproto::TCP;
+            resolve_current(state);
+            state
+        }
+    };
     watch(ops);
+    // SAFETY: the program's context.
+    let cookie = unsafe { bpf_get_socket_cookie(ops.cast()) };
+    let listener =
+        Listener { netns: state.netns, cgroup: state.cgroup, identity: state.identity, workload: state.workload };
+    store_listener(cookie, &listener);
     let (local_addr, _, local_port, _) = ends_of(ops);
     state.verdict = 0;
     state.generation = 0;
@@ -551,6 +577,8 @@ fn ends(ops: *mut bpf_sock_ops, listener: bool) {
         return;
     }
     if listener {
+        // SAFETY: the program's context.
+        forget_listener(unsafe { bpf_get_socket_cookie(ops.cast()) });
         let key = EndpointKey {
             netns: state.netns,
             addr: state.local_addr,

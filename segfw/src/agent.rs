@@ -8,6 +8,7 @@ mod backend;
 pub mod early;
 pub mod export;
 mod folder;
+mod gate;
 mod guard;
 mod kernel;
 pub mod live;
@@ -22,6 +23,7 @@ use crate::config::{Absent, Config};
 use crate::control::report::{self, Finding, Refused, Revision};
 use crate::control::{Listener, serve};
 use crate::datapath::guard::Canary;
+use crate::datapath::security::Checks;
 use crate::datapath::{Datapath, attach, sys};
 use crate::flow::record::{CgroupWords, Names};
 use crate::flow::{History, Intake, Item, enrich, history};
@@ -120,6 +122,12 @@ pub struct Core {
     /// All that ever were.
     repaired: u64,
     canary: Option<Canary>,
+    /// What stands at the kernel's security checks; `None` = not tried yet.
+    checks: Option<Checks>,
+    /// `cgroup_skb/ingress` is attached.
+    ingress: bool,
+    /// Cookies of listeners that the inventory entered.
+    listeners: BTreeSet<u64>,
     /// Containers and labels that a runtime told of and that were above a limit.
     containers_left_out: u64,
     /// Boot time before which every answer that changes by itself was looked at.
@@ -215,6 +223,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
                 Ok(Err(e)) => Err(anyhow::Error::from(e).context("cannot read events")),
                 Err(e) => Err(anyhow::Error::from(e).context("the drain of events failed")),
             },
+            () = shared.sweep.notified() => survey_at = tokio::time::Instant::now(),
             changes = watcher.next() => match changes {
                 Some(changes) => {
                     let agent = Arc::clone(&agent);

@@ -280,6 +280,9 @@ struct AgentArgs {
     /// A network interface that gets the outer wall; may be repeated
     #[arg(long, value_name = "IFACE")]
     xdp: Vec<String>,
+    /// Which gate judges inbound TCP [default: auto]
+    #[arg(long, value_enum, value_name = "GATE")]
+    gate: Option<config::GateChoice>,
     /// Serve /metrics, /healthz and /readyz here, as 127.0.0.1:9477
     #[arg(long, value_name = "ADDRESS:PORT")]
     metrics: Option<std::net::SocketAddr>,
@@ -322,7 +325,7 @@ impl AgentArgs {
 
     /// What was typed, settled, whether there is a policy folder (else the path is empty) or not.
     fn settle_host(self, socket: PathBuf) -> Result<Config, CliError> {
-        let Self { config, policy, monitor, pin_dir, state_dir, cgroup_root, host_labels, xdp, metrics } = self;
+        let Self { config, policy, monitor, pin_dir, state_dir, cgroup_root, host_labels, xdp, gate, metrics } = self;
         let settings = match config {
             Some(path) => Settings::read(&path).map_err(CliError::usage)?,
             None if Path::new(config::DEFAULT_SETTINGS).exists() => {
@@ -356,6 +359,7 @@ impl AgentArgs {
             cgroup_root,
             host_labels,
             xdp: if xdp.is_empty() { settings.xdp } else { xdp },
+            gate: gate.unwrap_or(settings.gate),
             host,
             absence: settings.absence,
             metrics: metrics.or(settings.metrics.listen),

@@ -38,6 +38,8 @@ pub struct Config {
     pub host_labels: Labels,
     /// Interfaces for the outer wall; empty = none.
     pub xdp: Vec<String>,
+    /// Which gate judges inbound TCP.
+    pub gate: GateChoice,
     /// This host's name in records.
     pub host: String,
     /// What happens when something is not there.
@@ -48,6 +50,19 @@ pub struct Config {
     pub spool: Option<SpoolConfig>,
     /// Where container runtimes are asked for images, names and labels.
     pub runtimes: RuntimeConfig,
+}
+
+/// Which gate judges inbound TCP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "camelCase")]
+pub enum GateChoice {
+    /// Gate conn where the kernel has it and a canary was refused there, else gate skb.
+    #[default]
+    Auto,
+    /// A hook per packet, on every kernel.
+    Skb,
+    /// Gate conn; where it is not to be had gate skb judges, and `segfw status` says DEGRADED.
+    Conn,
 }
 
 /// What a host does when something it needs is not there.
@@ -181,6 +196,8 @@ pub struct Settings {
     pub host_labels: BTreeMap<String, String>,
     /// Interfaces with the outer wall.
     pub xdp: Vec<String>,
+    /// Which gate judges inbound TCP.
+    pub gate: GateChoice,
     /// What happens when something is not there.
     pub absence: AbsenceConfig,
     /// What removing the package does.
@@ -289,6 +306,7 @@ impl Config {
             cgroup_root,
             host_labels: Labels::new(),
             xdp: Vec::new(),
+            gate: GateChoice::default(),
             host,
             absence: AbsenceConfig::default(),
             metrics: None,

@@ -3,14 +3,17 @@
 //! * [`load`]: the object, its maps (opened from their pins or made), its programs.
 //! * [`attach`]: links, pinned; the pin is their only owner. There is no detach outside [`attach::remove`].
 //! * [`generation`]: fills a generation, proves it by reading it back, switches.
+//! * [`security`]: gate conn and the list of address families, as BPF LSM or `fmod_ret`; [`btf`]: what they read.
 //! * [`sys`]: the few calls aya 0.14 lacks.
 
 pub mod attach;
+pub mod btf;
 pub mod generation;
 pub mod guard;
 pub mod host_maps;
 pub mod left;
 pub mod load;
+pub mod security;
 pub mod seen;
 pub mod sys;
 

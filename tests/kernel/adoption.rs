@@ -121,7 +121,7 @@ impl Stage {
         let third = Datapath::load(&self.pins)?;
         let links = self.attach(&third, Outcome::Replaced)?;
         ensure!(links == self.links, "{:?}, then {links:?}", self.links);
-        third.drop_egress()?;
+        third.drop_hook(EGRESS)?;
         let left: Vec<_> = third.links()?.into_iter().filter(|l| l.link.is_none()).map(|l| l.name).collect();
         ensure!(left == [EGRESS.program, CGROUP_MADE], "without a link: {left:?}");
         let gone = self.links.pop().context("links")?;

@@ -3,12 +3,12 @@
 use super::{Agent, Core, on_thread, trouble};
 use crate::config::{AbsenceConfig, Absent};
 use crate::control::report::{
-    Absence, AgentReport, CounterReport, Enforcement, Explanation, Gate, HookReport, MapReport, Neighbour, PastReport,
+    Absence, AgentReport, CounterReport, Enforcement, Explanation, HookReport, MapReport, Neighbour, PastReport,
     PlacesReport, PolicyFile, Question, ReloadReport, State, StatusReport, Uncovered, VerdictCount, WorkloadCounts,
     WorkloadReport,
 };
 use crate::control::{Backend, Failure};
-use crate::datapath::attach::EGRESS;
+use crate::datapath::attach::{EGRESS, INGRESS};
 use crate::flow::History;
 use crate::policy::host_policy::{Labels, Members};
 use jiff::Timestamp;
@@ -156,6 +156,7 @@ impl Core {
         Ok(links
             .iter()
             .filter(|l| l.name != EGRESS.program || egress || l.link.is_some())
+            .filter(|l| l.name != INGRESS.program || self.ingress || l.link.is_some())
             .map(|l| HookReport {
                 name: l.name.clone(),
                 attached: l.link.is_some_and(|i| i.cgroup != 0),
@@ -233,11 +234,8 @@ impl Core {
             state,
             revision: self.in_force.as_ref().map(|f| f.revision.clone()),
             refused: self.refused.clone(),
-            gate: Gate {
-                name: "skb".to_owned(),
-                why: "cgroup_skb/ingress with the verdict cached on the socket; gate conn is not in this version"
-                    .to_owned(),
-            },
+            gate: self.gate(),
+            families: self.families(),
             hooks,
             xdp: self.config.xdp.clone(),
             maps,
@@ -248,6 +246,7 @@ impl Core {
             golden_rules: GOLDEN.iter().map(|s| (*s).to_owned()).collect(),
             uncovered: UNCOVERED
                 .iter()
+                .filter(|(what, _)| !(FAMILIES.contains(what) && self.checks.as_ref().is_some_and(|c| c.family.is_ok())))
                 .map(|(what, consequence)| Uncovered {
                     what: (*what).to_owned(),
                     consequence: (*consequence).to_owned(),
@@ -349,6 +348,9 @@ const GOLDEN: [&str; 3] = [
     "DHCP client (udp 68→67, udp 546→547)",
     "the kernel's own neighbour discovery (ICMPv6 types 133 to 137)",
 ];
+
+/// Of [`UNCOVERED`]: covered by the list of address families, where that is at work.
+const FAMILIES: [&str; 2] = ["packet sockets (AF_PACKET, AF_XDP)", "vsock (AF_VSOCK)"];
 
 /// What the hooks of this version do not see (threats-and-faults, O1 and O15).
 const UNCOVERED: [(&str, &str); 9] = [

@@ -4,6 +4,7 @@
 //! It needs no policy folder and no network, and takes the very path of the agent ([`Core::start_without_folder`]).
 
 use super::{Absent, Arc, Config, Core, Datapath, Hierarchy, History, Shared, Store, attach, proc, sys};
+use crate::datapath::security::CONN;
 use anyhow::Context;
 
 /// Records of flows go nowhere here; the agent that comes later reads them from the ring.
@@ -67,13 +68,17 @@ pub fn load(mut config: Config) -> anyhow::Result<Early> {
 
 /// Are all hooks there that every revision needs?
 fn is_attached(datapath: &Datapath) -> anyhow::Result<bool> {
-    for hook in attach::HOOKS {
-        let pin = datapath.dir.join(format!("link-{}", hook.program));
-        if sys::get(&pin).with_context(|| format!("open {}", pin.display()))?.is_none() {
+    let there = |program: &str| -> anyhow::Result<bool> {
+        let pin = datapath.dir.join(format!("link-{program}"));
+        Ok(sys::get(&pin).with_context(|| format!("open {}", pin.display()))?.is_some())
+    };
+    // Of what comes in one of the two gates.
+    for hook in attach::HOOKS.iter().filter(|hook| hook.program != attach::INGRESS.program) {
+        if !there(hook.program)? {
             return Ok(false);
         }
     }
-    Ok(true)
+    Ok(there(attach::INGRESS.program)? || there(CONN.program)?)
 }
 
 #[cfg(test)]

@@ -6,7 +6,8 @@ use crate::flow::{Intake, Names};
 use crate::host::answer::Answerer;
 use crate::host::netns::{self, Survey};
 use aya::maps::{MapData, RingBuf};
-use segfw_common::{EventKind, FlowEvent};
+use segfw_common::event::Hook;
+use segfw_common::{Direction, EventKind, FlowEvent, Verdict};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
@@ -32,6 +33,8 @@ pub struct Shared {
     pub beat: AtomicU64,
     /// Nanoseconds that the newest revision took from its files to being in force; 0 = none was put in force yet.
     pub apply_ns: AtomicU64,
+    /// A connection was made that is to be ended: see [`slipped`].
+    pub sweep: tokio::sync::Notify,
 }
 
 /// The files behind the history, if there are to be some.
@@ -74,10 +77,11 @@ pub async fn drain(
                 let names = shared.names();
                 let ring = ready.get_inner_mut();
                 while let Some(item) = ring.next() {
-                    if let Some(event) = intake.take(&item, &names)
-                        && EventKind::from_raw(event.kind) == Some(EventKind::Reject)
-                        && answers.try_send(event).is_err()
-                    {
+                    let Some(event) = intake.take(&item, &names) else { continue };
+                    if slipped(&event) {
+                        shared.sweep.notify_one();
+                    }
+                    if EventKind::from_raw(event.kind) == Some(EventKind::Reject) && answers.try_send(event).is_err() {
                         let _ = shared.unanswered.fetch_add(1, Ordering::Relaxed);
                     }
                 }
@@ -89,6 +93,15 @@ pub async fn drain(
         }
         shared.lost.store(intake.lost(), Ordering::Relaxed);
     }
+}
+
+/// A connection that was made though the policy refuses it: its SYN came before a switch of the policy and its last ACK
+/// after. Where no hook sees its packets the sweep ends it.
+fn slipped(event: &FlowEvent) -> bool {
+    event.kind == EventKind::New as u8
+        && event.hook == Hook::SockOps as u8
+        && event.direction == Direction::Ingress as u8
+        && event.verdict == Verdict::Denied as u8
 }
 
 /// Answers rejected flows: a reset or a port unreachable, from the namespace that refused them. On a thread of its own,

@@ -45,9 +45,10 @@ impl Core {
         }
     }
 
-    fn guard_hooks(&self, root: &std::fs::File) -> Vec<Difference> {
+    fn guard_hooks(&mut self, root: &std::fs::File) -> Vec<Difference> {
         let egress = self.in_force.as_ref().is_some_and(|f| needs_egress(&f.tables));
-        let mut found = self.datapath.mend_hooks(root, egress);
+        let mut found = self.datapath.mend_hooks(root, self.ingress, egress);
+        found.extend(self.guard_checks());
         match self.datapath.mend_cgroup_made() {
             // Where there is no tracefs that is a trouble of its own, said at the start.
             Ok(true) if !self.troubles.contains_key("tracepoint") => {
@@ -165,7 +166,7 @@ impl Core {
             return;
         }
         let datapath = Arc::clone(&self.datapath);
-        let failed = datapath.canaries(&mut self.canary);
+        let failed = datapath.canaries(self.ingress, &mut self.canary);
         if failed.is_empty() {
             if self.troubles.remove("canary").is_some() {
                 tracing::warn!("the hooks refuse again what they must refuse");

@@ -87,7 +87,11 @@ impl Core {
             let outcome = self.datapath.attach(hook, &root)?;
             tracing::debug!("{}: {outcome:?}", hook.program);
         }
+        self.ingress = true;
         self.attached = true;
+        if self.checks.is_none() {
+            self.attach_checks();
+        }
         self.attach_walls();
         match self.datapath.attach_cgroup_made() {
             Ok(()) => {

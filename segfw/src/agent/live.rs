@@ -8,7 +8,7 @@ use crate::policy::{Tables, TablesView};
 use segfw_common::decide::{Peer, standing};
 use segfw_common::{
     Addr, AddressEntry, CgroupEntry, Decision, Direction, EndpointEntry, EndpointKey, Flow, FlowKey, FlowValue,
-    Identity, LocalEntry, Lookup, OriginKey, Party, Peers, Proto, RuleEntry, RuleKey, bounds, decide, identify,
+    Identity, Listener, LocalEntry, Lookup, OriginKey, Party, Peers, Proto, RuleEntry, RuleKey, bounds, decide, identify,
 };
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::SocketAddr;
@@ -218,6 +218,51 @@ pub fn endpoints(
         }
     }
     Ok(())
+}
+
+/// TCP listeners of a namespace, by cookie. With `part` only those of cgroups that are ours.
+pub fn listeners(
+    namespace: &Namespace,
+    cgroups: &BTreeMap<u64, CgroupEntry>,
+    part: bool,
+    found: &mut BTreeMap<u64, Listener>,
+) -> Result<(), crate::host::sockdiag::Error> {
+    let mut diag = Diag::open(namespace)?;
+    for v6 in [false, true] {
+        for sock in diag.inet(v6, Sock::TCP)?.iter().filter(|s| s.state == State::Listen) {
+            let Some((cgroup, entry)) = owner(cgroups, sock) else { continue };
+            if part && !cgroups.contains_key(&cgroup) {
+                continue;
+            }
+            let (identity, workload) = (entry.identity, entry.workload);
+            let _ = found.insert(sock.cookie, Listener { netns: namespace.cookie, cgroup, identity, workload });
+        }
+    }
+    Ok(())
+}
+
+/// Has a workload that the policy enforces a socket for datagrams, or a raw one, in this namespace?
+pub fn has_datagrams(
+    namespace: &Namespace,
+    view: &View<'_>,
+    cgroups: &BTreeMap<u64, CgroupEntry>,
+) -> Result<bool, crate::host::sockdiag::Error> {
+    let mut diag = Diag::open(namespace)?;
+    let enforced = |sock: &Sock| {
+        owner(cgroups, sock).is_some_and(|(_, entry)| standing(view, Identity(entry.identity)).is_some())
+    };
+    for (protocol, must) in [(Sock::UDP, true), (Sock::UDPLITE, false), (Sock::RAW, false)] {
+        for v6 in [false, true] {
+            match diag.inet(v6, protocol) {
+                Ok(socks) if socks.iter().any(enforced) => return Ok(true),
+                Ok(_) => {}
+                Err(error) if must => return Err(error),
+                // A kernel that cannot list them: the grant for such sockets alone keeps the hook.
+                Err(_) => {}
+            }
+        }
+    }
+    Ok(false)
 }
 
 /// Who opened the connections within this host that are older than the hooks: what `tcp_life` would have written. Only ends

@@ -95,6 +95,9 @@ impl Core {
             repairs: VecDeque::new(),
             repaired: 0,
             canary: None,
+            checks: None,
+            ingress: false,
+            listeners: BTreeSet::new(),
             containers_left_out: 0,
             looked: 0,
         };
@@ -103,7 +106,7 @@ impl Core {
         core.addresses = core.datapath.addresses()?.into_iter().collect();
         core.paths = core.datapath.paths()?.into_iter().collect();
         // Closed since the boot, by the early loader or by an agent that is gone.
-        core.closed_until_first = core.datapath.host_flags()? & !control::HOST_MONITOR == control::gone_after(0);
+        core.closed_until_first = core.datapath.host_flags()? & !(control::HOST_MONITOR | control::HOST_PART) == control::gone_after(0);
         core.set_flags()?;
         let tree: Vec<Change> =
             core.hierarchy.scan()?.into_iter().map(|(path, id)| Change::Appeared { path, id }).collect();
@@ -115,6 +118,7 @@ impl Core {
     pub(super) fn set_flags(&mut self) -> anyhow::Result<()> {
         let absence = &self.config.absence;
         let mut flags = if self.config.monitor { control::HOST_MONITOR } else { 0 };
+        flags |= if self.is_part() { control::HOST_PART } else { 0 };
         let later = proc::boot_ns()?.saturating_add(u64::from(absence.agent_gone_after_seconds) * 1_000_000_000);
         flags |= match absence.agent_gone {
             _ if self.closed_until_first => control::gone_after(0),
@@ -260,8 +264,12 @@ impl Core {
         };
         // What numbers mean is known before anything can carry them.
         self.names.learn(&tables.identities, &tables.rule_names, &policy.segments);
-        if egress && self.attached {
-            self.attach_egress()?;
+        if self.attached {
+            // What the switch revokes is refused from its very moment on, and not only when the sweep comes to it.
+            self.attach_ingress()?;
+            if egress {
+                self.attach_egress()?;
+            }
         }
         let active = if same { self.datapath.active()? } else { self.datapath.publish(&tables)? };
         self.registry = registry;
@@ -279,7 +287,7 @@ impl Core {
         if egress {
             self.attach_egress()?;
         } else {
-            self.datapath.drop_egress()?;
+            self.datapath.drop_hook(attach::EGRESS)?;
         }
         let changed = number != self.saved.revision;
         self.saved.revision = number;

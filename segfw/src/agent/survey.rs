@@ -109,6 +109,14 @@ impl Core {
             tracing::error!("{error:#}");
         }
         self.sweep(&survey);
+        if self.has_conn()
+            && let Err(error) = self.write_listeners()
+        {
+            tracing::error!("{error}");
+        }
+        if self.attached {
+            self.settle_ingress(&survey);
+        }
         self.publish_names();
     }
 
@@ -291,7 +299,8 @@ fn revoked(cut: &live::Cut, now: u64, generation: u32) -> FlowEvent {
         hook: Hook::Sweep as u8,
         reject: 0,
         socket_type: 0,
-        pad: [0; 5],
+        family: 0,
+        pad: [0; 4],
         comm: [0; 16],
     }
 }

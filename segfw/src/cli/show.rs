@@ -144,6 +144,7 @@ pub(super) fn status(status: &StatusReport) -> String {
         revision,
         refused,
         gate,
+        families,
         hooks,
         xdp,
         maps,
@@ -276,6 +277,7 @@ pub(super) fn status(status: &StatusReport) -> String {
         s.list("tampering", &lines);
     }
     s.line("gate", &format!("{}: {}", clean(&gate.name), clean(&gate.why)));
+    s.line("families", &format!("{}: {}", clean(&families.name), clean(&families.why)));
     let full =
         |m: &&crate::control::report::MapReport| m.entries.saturating_mul(100) >= m.max.saturating_mul(FULL_PERCENT);
     let full: Vec<_> = maps
@@ -542,21 +544,22 @@ mod tests {
         check_plain(
             &status(&fixed::status()),
             expect![[r#"
-            node-1        ENFORCING the policy is enforced
-            revision      41 since 2026-11-18T09:30:00.000Z (2d 17h ago), digest 9f86d081884c, generation 3
-                          from payments.yaml, web.yaml
-            workloads     12 enforced, 2 monitored, 30 in no segment, 0 unresolved; 37 identities
-            flows         120,345 allowed, 20 denied, 0 audit; 0 records lost
-                          denied: 17 ingress segment-default, 3 egress rule
-            hooks         2 of 2 attached; xdp: eth0
-            gate          skb: works on every supported kernel
-            tables        nearly full: ENDPOINTS 61,000 of 65,536
-                          endpoints-full 4
-            never denied  one workload to itself over loopback; DHCP client
-            not covered   packet sockets: a process with CAP_NET_RAW can send and read frames past every hook
-            absence       agent gone: lastKnownGood
-            agent         pid 812, up 2d 17h, version 0.1.0, layout 1, kernel 6.12.0
-        "#]],
+                node-1        ENFORCING the policy is enforced
+                revision      41 since 2026-11-18T09:30:00.000Z (2d 17h ago), digest 9f86d081884c, generation 3
+                              from payments.yaml, web.yaml
+                workloads     12 enforced, 2 monitored, 30 in no segment, 0 unresolved; 37 identities
+                flows         120,345 allowed, 20 denied, 0 audit; 0 records lost
+                              denied: 17 ingress segment-default, 3 egress rule
+                hooks         2 of 2 attached; xdp: eth0
+                gate          skb: works on every supported kernel
+                families      open: no BTF
+                tables        nearly full: ENDPOINTS 61,000 of 65,536
+                              endpoints-full 4
+                never denied  one workload to itself over loopback; DHCP client
+                not covered   packet sockets: a process with CAP_NET_RAW can send and read frames past every hook
+                absence       agent gone: lastKnownGood
+                agent         pid 812, up 2d 17h, version 0.1.0, layout 1, kernel 6.12.0
+            "#]],
         );
         assert_eq!(status_exit(&fixed::status()), Exit::Yes);
     }
@@ -583,6 +586,7 @@ mod tests {
                 hooks         1 of 2 attached; xdp: eth0
                               not attached: cgroup_skb/ingress
                 gate          skb: works on every supported kernel
+                families      open: no BTF
                 tables        nearly full: ENDPOINTS 61,000 of 65,536
                               endpoints-full 4
                 never denied  one workload to itself over loopback; DHCP client

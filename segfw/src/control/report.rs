@@ -155,7 +155,7 @@ pub enum Severity {
 /// The gate for inbound TCP, and why this one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gate {
-    /// `skb`, later also `conn`.
+    /// `skb`, `conn`.
     pub name: String,
     /// Why.
     pub why: String,
@@ -279,6 +279,8 @@ pub struct StatusReport {
     pub refused: Option<Refused>,
     /// The gate for inbound TCP.
     pub gate: Gate,
+    /// The list of address families: `listed`, or `open` and why.
+    pub families: Gate,
     /// Programs.
     pub hooks: Vec<HookReport>,
     /// Interfaces with the outer wall.
@@ -839,6 +841,7 @@ pub(crate) mod tests {
             }),
             refused: None,
             gate: Gate { name: "skb".to_owned(), why: "works on every supported kernel".to_owned() },
+            families: Gate { name: "open".to_owned(), why: "no BTF".to_owned() },
             hooks: vec![hook("cgroup/connect4", true), hook("cgroup_skb/ingress", true)],
             xdp: vec!["eth0".to_owned()],
             maps: vec![

@@ -30,8 +30,12 @@ pub const HOOKS: [Hook; 10] = [
     Hook { program: "connect6", attach_type: 11 },
     Hook { program: "sendmsg4", attach_type: 14 },
     Hook { program: "sendmsg6", attach_type: 15 },
-    Hook { program: "skb_ingress", attach_type: 0 },
+    INGRESS,
 ];
+
+/// Gate skb, and what judges all that is no TCP: a call for each packet that comes in. The last of [`HOOKS`], and
+/// the one that need not be there: not on hosts with gate conn where nothing else needs it (see `agent::gate`).
+pub const INGRESS: Hook = Hook { program: "skb_ingress", attach_type: 0 };
 
 /// Attached only while some segment holds a grant or some rule has an end: it costs a call per packet.
 pub const EGRESS: Hook = Hook { program: "skb_egress", attach_type: 1 };
@@ -162,10 +166,14 @@ impl Datapath {
         pin_over(link.as_fd(), &pin).map_err(|e| event("pin the link to", e))
     }
 
-    /// Takes the egress hook away. The one place besides [`remove`] that ends a link: only while nothing in
-    /// force needs it, so nothing is left that the hook would have judged.
-    pub fn drop_egress(&self) -> Result<(), Error> {
-        let pin = self.dir.join(format!("link-{}", EGRESS.program));
+    /// Takes a hook away: [`EGRESS`] or [`INGRESS`], while nothing in force needs it, so nothing is left that it would
+    /// have judged. With [`Datapath::drop_check`] the one place besides [`remove`] that ends a link.
+    pub fn drop_hook(&self, hook: Hook) -> Result<(), Error> {
+        self.unpin(hook.program)
+    }
+
+    pub(super) fn unpin(&self, program: &str) -> Result<(), Error> {
+        let pin = self.dir.join(format!("link-{program}"));
         match std::fs::remove_file(&pin) {
             Ok(()) => Ok(()),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),

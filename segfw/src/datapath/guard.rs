@@ -1,6 +1,6 @@
 //! Is what we put into the kernel still there? Found, mended, and said.
 
-use super::attach::{CGROUP_MADE, EGRESS, HOOKS, Hook, Outcome, pin_over};
+use super::attach::{CGROUP_MADE, EGRESS, HOOKS, Hook, INGRESS, Outcome, pin_over};
 use super::load::PINNED_MAPS;
 use super::{Datapath, Error, sys};
 use segfw_common::{Identity, SocketState};
@@ -42,8 +42,8 @@ pub struct Neighbour {
 
 impl Datapath {
     /// Puts programs back that were detached, replaced, or whose pins were removed.
-    pub fn mend_hooks(&self, cgroup: &File, egress: bool) -> Vec<Difference> {
-        let hooks = HOOKS.iter().chain(egress.then_some(&EGRESS));
+    pub fn mend_hooks(&self, cgroup: &File, ingress: bool, egress: bool) -> Vec<Difference> {
+        let hooks = HOOKS.iter().filter(|h| ingress || h.program != INGRESS.program).chain(egress.then_some(&EGRESS));
         hooks.filter_map(|hook| self.mend_hook(*hook, cgroup)).collect()
     }
 
@@ -139,7 +139,7 @@ impl Datapath {
 
     /// Asks the hooks themselves: each must refuse a socket that every policy refuses. Returns those that did not. Only
     /// where a policy is in force and the host is not in monitor mode.
-    pub fn canaries(&self, pair: &mut Option<Canary>) -> Vec<(&'static str, String)> {
+    pub fn canaries(&self, ingress: bool, pair: &mut Option<Canary>) -> Vec<(&'static str, String)> {
         let mut failed = Vec::new();
         for (hook, address) in [("connect4", "127.0.0.1:9"), ("connect6", "[::1]:9")] {
             if let Some(Err(why)) = self.connects(address) {
@@ -151,6 +151,10 @@ impl Datapath {
                 failed.push((hook, why));
             }
         }
+        if !ingress {
+            *pair = None;
+            return failed;
+        }
         if pair.is_none() {
             *pair = self.canary_pair();
         }
@@ -160,9 +164,9 @@ impl Datapath {
         failed
     }
 
-    /// Makes a socket the canary's.
-    fn mark(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
-        let state = SocketState { identity: Identity::CANARY.0, ..SocketState::default() };
+    /// Makes a socket a canary's.
+    pub(super) fn mark(&self, socket: BorrowedFd<'_>, identity: Identity) -> io::Result<()> {
+        let state = SocketState { identity: identity.0, ..SocketState::default() };
         sys::map_update(self.map("SOCKETS").map_err(io::Error::other)?, &socket.as_raw_fd(), &state)
     }
 
@@ -173,7 +177,7 @@ impl Datapath {
         let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = socket(family, SockType::Stream, flags, None).ok()?;
-        self.mark(socket.as_fd()).ok()?;
+        self.mark(socket.as_fd(), Identity::CANARY).ok()?;
         match connect(socket.as_raw_fd(), &SockaddrStorage::from(to)) {
             Err(nix::Error::EPERM) => Some(Ok(())),
             Err(nix::Error::EADDRNOTAVAIL | nix::Error::ENETUNREACH | nix::Error::EAFNOSUPPORT) => None,
@@ -186,7 +190,7 @@ impl Datapath {
         let to: SocketAddr = to.parse().ok()?;
         let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let socket = UdpSocket::bind(any).ok()?;
-        self.mark(socket.as_fd()).ok()?;
+        self.mark(socket.as_fd(), Identity::CANARY).ok()?;
         match socket.send_to(b"canary", to) {
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => Some(Ok(())),
             Err(_) => None,
@@ -203,7 +207,7 @@ impl Datapath {
         // First without the mark: else silence would prove nothing.
         sender.send(b"canary").ok()?;
         receiver.recv(&mut [0; 8]).ok()?;
-        self.mark(receiver.as_fd()).ok()?;
+        self.mark(receiver.as_fd(), Identity::CANARY).ok()?;
         Some(Canary { sender, receiver })
     }
 }

@@ -3,7 +3,7 @@
 use super::{Datapath, Error, sys};
 use segfw_common::event::{Counter, DenialCount, DenialKey, RuleCount};
 use segfw_common::state::PathKey;
-use segfw_common::{Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, FlowKey, FlowValue, OriginKey, Party};
+use segfw_common::{Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, FlowKey, FlowValue, Listener, OriginKey, Party};
 use std::collections::BTreeMap;
 
 /// Counters of all CPUs, added up.
@@ -71,6 +71,21 @@ impl Datapath {
     /// Every address of this host.
     pub fn addresses(&self) -> Result<Vec<(Addr, AddressEntry)>, Error> {
         sys::map_dump(self.map("ADDRESSES")?, 256).map_err(|e| Error::sys("read ADDRESSES", e))
+    }
+
+    /// Enters a listener that the inventory found, by its cookie.
+    pub fn set_listener(&self, cookie: u64, listener: &Listener) -> Result<(), Error> {
+        sys::map_update(self.map("LISTENERS")?, &cookie, listener).map_err(|e| Error::sys("enter a listener", e))
+    }
+
+    /// Forgets a listener.
+    pub fn remove_listener(&self, cookie: u64) -> Result<bool, Error> {
+        sys::map_delete(self.map("LISTENERS")?, &cookie).map_err(|e| Error::sys("forget a listener", e))
+    }
+
+    /// Every known listener, by cookie.
+    pub fn listeners(&self) -> Result<Vec<(u64, Listener)>, Error> {
+        sys::map_dump(self.map("LISTENERS")?, 256).map_err(|e| Error::sys("read LISTENERS", e))
     }
 
     /// Enters an endpoint that the inventory found.

@@ -1,6 +1,7 @@
 //! What an agent that is gone has left in the kernel: read from its pins alone, without loading anything.
 
-use super::attach::{EGRESS, HOOKS};
+use super::attach::{EGRESS, HOOKS, INGRESS};
+use super::security::{CHECKS, CONN};
 use super::sys;
 use segfw_common::control;
 use serde::{Deserialize, Serialize};
@@ -51,14 +52,20 @@ pub fn left(pin_dir: &Path, now: u64) -> io::Result<Vec<Left>> {
 
 fn one(dir: &Path, layout: String, now: u64) -> io::Result<Left> {
     let (mut attached, mut missing) = (Vec::new(), Vec::new());
-    for hook in HOOKS.iter().chain([&EGRESS]) {
-        let link = sys::get(&dir.join(format!("link-{}", hook.program)))?;
+    let hooks = HOOKS.iter().chain([&EGRESS]).map(|hook| hook.program);
+    for program in hooks.chain(CHECKS.iter().map(|check| check.program)) {
+        let link = sys::get(&dir.join(format!("link-{program}")))?;
+        // A link to a security check has no cgroup; another number stands in that place, and it is not 0.
         let there = link.is_some_and(|link| sys::link_info(link.as_fd()).is_ok_and(|info| info.cgroup != 0));
         if there {
-            attached.push(hook.program.to_owned());
-        } else if hook.program != EGRESS.program {
-            missing.push(hook.program.to_owned());
+            attached.push(program.to_owned());
+        } else if program != INGRESS.program && HOOKS.iter().any(|hook| hook.program == program) {
+            missing.push(program.to_owned());
         }
+    }
+    // One of the two gates.
+    if !attached.iter().any(|p| p == INGRESS.program || p == CONN.program) {
+        missing.push(INGRESS.program.to_owned());
     }
     let (active, flags) = match sys::get(&dir.join("CONTROL"))? {
         Some(map) => {

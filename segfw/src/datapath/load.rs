@@ -1,19 +1,23 @@
 //! The eBPF object: its maps, opened from their pins or made, and its programs, checked by this kernel's verifier.
 
+use super::btf::Btf;
+use super::security::{self, Instruction};
 use super::{Error, sys};
+use aya::maps::Map;
 use aya::programs::{CgroupSkb, CgroupSock, CgroupSockAddr, Program, SockOps, TracePoint, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use segfw_common::ABI_VERSION;
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The object that build.rs made.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/segfw-ebpf"));
 
 /// Maps that outlive the agent, by name.
-pub const PINNED_MAPS: [&str; 20] = [
+pub const PINNED_MAPS: [&str; 21] = [
     "CLASSES",
     "RULES",
     "TIMELINE",
@@ -25,6 +29,7 @@ pub const PINNED_MAPS: [&str; 20] = [
     "ADDRESSES",
     "XDP_NETNS",
     "ENDPOINTS",
+    "LISTENERS",
     "ORIGINS",
     "FLOWS",
     "EVENTS",
@@ -49,6 +54,9 @@ pub fn pretend_later_layout() {
 pub struct Datapath {
     ebpf: Ebpf,
     maps: BTreeMap<&'static str, OwnedFd>,
+    /// Programs of the security checks, not loaded yet, and those that are.
+    pub(super) security: BTreeMap<&'static str, Vec<Instruction>>,
+    pub(super) checks: Mutex<BTreeMap<&'static str, OwnedFd>>,
     /// Folder of the pins of this layout.
     pub dir: PathBuf,
 }
@@ -76,11 +84,14 @@ impl Datapath {
         let skb_netns = u32::from(sys::skb_knows_netns());
         let _ = loader.override_global("HAS_SET_RETVAL", &retval, true);
         let _ = loader.override_global("HAS_SKB_NETNS", &skb_netns, true);
+        let layout = Btf::of_kernel().ok().and_then(|btf| security::layout(&btf)).unwrap_or_default();
+        let _ = loader.override_global("LAYOUT", &layout, true);
         for name in PINNED_MAPS {
             let _ = loader.map_pin_path(name, dir.join(name));
         }
         let mut ebpf = loader.load(OBJECT)?;
-        for (name, program) in ebpf.programs_mut() {
+        // Those of the security checks are loaded when it is known through which door.
+        for (name, program) in ebpf.programs_mut().filter(|(_, p)| !matches!(p, Program::Lsm(_))) {
             let name = name.to_owned();
             load_program(program).map_err(|source| Error::Program { name, source: Box::new(source) })?;
         }
@@ -90,7 +101,13 @@ impl Datapath {
             let map = sys::get(&dir.join(name)).map_err(|e| Error::sys(format!("open the map {name}"), e))?;
             let _ = maps.insert(name, map.ok_or_else(missing)?);
         }
-        Ok(Self { ebpf, maps, dir })
+        let sections = ebpf.maps().filter_map(|(name, map)| match map {
+            Map::Array(data) => Some((name.to_owned(), data.fd().as_fd().as_raw_fd())),
+            _ => None,
+        });
+        let pinned = maps.iter().map(|(name, map)| ((*name).to_owned(), map.as_raw_fd()));
+        let security = security::instructions(OBJECT, &sections.chain(pinned).collect())?;
+        Ok(Self { ebpf, maps, security, checks: Mutex::default(), dir })
     }
 
     /// A map by name.
@@ -105,9 +122,9 @@ impl Datapath {
         program.fd().map(AsFd::as_fd).map_err(|_| missing())
     }
 
-    /// Names of all programs.
+    /// Names of all programs but those of the security checks.
     pub fn programs(&self) -> impl Iterator<Item = &str> {
-        self.ebpf.programs().map(|(name, _)| name)
+        self.ebpf.programs().filter(|(_, p)| !matches!(p, Program::Lsm(_))).map(|(name, _)| name)
     }
 
     /// The ring buffer of events; can be taken once.

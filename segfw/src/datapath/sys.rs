@@ -304,6 +304,50 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
     Attr::new().u32(0, fd(link)).u32(4, fd(program)).call(BPF_LINK_UPDATE).map(drop)
 }
 
+/// Loads a program of the tracing family (BPF LSM, `fmod_ret`) for the kernel function with this BTF number. The error has
+/// the end of what the verifier said.
+pub fn program_load(
+    kind: u32,
+    attach_type: u32,
+    function: u32,
+    code: &[[u8; 8]],
+    name: &str,
+) -> io::Result<OwnedFd> {
+    const BPF_PROG_LOAD: u32 = 5;
+    let license = c"GPL";
+    let attr = || {
+        let mut attr = Attr::new()
+            .u32(0, kind)
+            .u32(4, code.len() as u32)
+            .u64(8, code.as_ptr() as u64)
+            .u64(16, license.as_ptr() as u64)
+            .u32(68, attach_type)
+            .u32(108, function);
+        for (slot, byte) in attr.0[48..48 + 15].iter_mut().zip(name.bytes()) {
+            *slot = byte;
+        }
+        attr
+    };
+    let first = match attr().call_fd(BPF_PROG_LOAD) {
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EACCES | libc::ENOSPC)) => e,
+        other => return other,
+    };
+    // Refused by the verifier, it seems: once more, with its words.
+    let mut log = vec![0u8; 1 << 20];
+    let mut attr = attr().u32(24, 1).u32(28, log.len() as u32).u64(32, log.as_mut_ptr() as u64);
+    let Err(_) = attr.call_fd(BPF_PROG_LOAD) else { return Err(first) };
+    let end = log.iter().position(|b| *b == 0).unwrap_or(log.len());
+    let said = String::from_utf8_lossy(&log[..end]).into_owned();
+    let last: Vec<&str> = said.lines().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect();
+    Err(io::Error::new(first.kind(), format!("{first}; the verifier: {}", last.join(" | "))))
+}
+
+/// Attaches a program of the tracing family to the function it was loaded for (all kernels from 5.7 on take this call).
+pub fn tracing_attach(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const BPF_RAW_TRACEPOINT_OPEN: u32 = 17;
+    Attr::new().u32(8, fd(program)).call_fd(BPF_RAW_TRACEPOINT_OPEN)
+}
+
 /// What a link is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkInfo {

@@ -84,6 +84,7 @@ pub fn decode(data: &[u8]) -> Result<FlowEvent, WrongSize> {
         hook: f.u8(),
         reject: f.u8(),
         socket_type: f.u8(),
+        family: f.u8(),
         pad: f.take(),
         comm: f.take(),
     })

@@ -182,6 +182,9 @@ pub struct Record {
     /// `stream`, `datagram`, `raw`, ...: for `kind: socket`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket_type: Option<Text>,
+    /// `packet`, `vsock`, ...: for `kind: socket`, where the address family was refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub family: Option<Text>,
     /// The deciding rule; absent where none decided. `#17` where the number has no name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rule: Option<Text>,
@@ -472,6 +475,24 @@ fn socket_type(raw: u8) -> Text {
     }
 }
 
+/// `AF_*` of Linux; 0 = the family was not what was refused.
+fn family(raw: u8) -> Option<Text> {
+    Some(match raw {
+        0 => return None,
+        15 => "key".into(),
+        17 => "packet".into(),
+        21 => "rds".into(),
+        29 => "can".into(),
+        30 => "tipc".into(),
+        31 => "bluetooth".into(),
+        38 => "alg".into(),
+        40 => "vsock".into(),
+        43 => "smc".into(),
+        44 => "xdp".into(),
+        other => format!("family-{other}").into(),
+    })
+}
+
 /// An event in words. Total: whatever the bytes, there is a record.
 pub fn enrich(event: &FlowEvent, names: &Names) -> Record {
     // In full, so that a new field does not compile until it has a meaning.
@@ -508,6 +529,7 @@ pub fn enrich(event: &FlowEvent, names: &Names) -> Record {
         hook,
         reject,
         socket_type: socket,
+        family: of_family,
         pad: _,
         comm,
     } = *event;
@@ -538,6 +560,7 @@ pub fn enrich(event: &FlowEvent, names: &Names) -> Record {
         protocol: Protocol(protocol),
         icmp: if is(EventKind::Socket) { None } else { icmp(proto, service) },
         socket_type: (is(EventKind::Socket)).then(|| socket_type(socket)),
+        family: family(of_family),
         rule,
         policy,
         revision: names.revisions.get(&generation).copied(),
@@ -598,6 +621,7 @@ pub fn enrich_denials(key: &DenialKey, total: &DenialCount, generation: u32, nam
         protocol: Protocol(protocol),
         icmp: icmp(proto, port),
         socket_type: None,
+        family: None,
         rule,
         policy,
         revision: names.revisions.get(&generation).copied(),
@@ -648,6 +672,7 @@ pub(crate) mod tests {
             unresolved_allow: false,
             on_revoke: OnRevoke::Cut,
             grants: 0,
+            tcp_only: false,
             at: Position::default(),
         }
     }

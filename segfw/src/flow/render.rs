@@ -173,6 +173,9 @@ fn end(e: &End) -> String {
 }
 
 fn protocol(record: &Record) -> String {
+    if let Some(family) = &record.family {
+        return format!("{} socket", **family);
+    }
     match (record.icmp, &record.socket_type) {
         (Some(Icmp { kind, code }), _) => format!("{} {kind}/{code}", record.protocol),
         (None, Some(socket)) => format!("{} {} socket", record.protocol, **socket),

@@ -990,6 +990,14 @@ impl Emitter<'_> {
                 .entry(*identity)
                 .or_insert(LocalEntry { flags: LocalEntry::OPEN, ..LocalEntry::default() });
         }
+        // Who is not known yet may turn out to be in any segment: no UDP socket where none may have one.
+        let known = tables.locals.iter().filter(|(id, l)| **id != Identity::UNRESOLVED && l.flags & LocalEntry::OPEN == 0);
+        let flags = known.map(|(_, l)| l.flags).reduce(|all, flags| all & flags).unwrap_or(0);
+        if flags & LocalEntry::TCP_ONLY != 0
+            && let Some(unresolved) = tables.locals.get_mut(&Identity::UNRESOLVED)
+        {
+            unresolved.flags |= LocalEntry::TCP_ONLY;
+        }
         let refuse = LocalEntry {
             default: [Action::Deny as u8; 2],
             default_reason: Reason::SegmentDefault as u8,
@@ -1065,6 +1073,7 @@ impl Emitter<'_> {
         entry.default[Direction::Ingress as usize] = action(segments().all(|s| s.default_ingress_allow));
         entry.default[Direction::Egress as usize] = action(segments().all(|s| s.default_egress_allow));
         entry.flags = if segments().all(|s| s.monitor) { LocalEntry::MONITOR } else { 0 };
+        entry.flags |= if segments().any(|s| s.tcp_only) { LocalEntry::TCP_ONLY } else { 0 };
         entry.grants |= segments().fold(0, |grants, s| grants | s.grants);
         entry
     }

@@ -47,17 +47,22 @@ pub(super) const ACTIONS: [(&str, RuleAction); 4] = [
     ("pass", RuleAction::Pass),
 ];
 pub(super) const MODES: [(&str, bool); 2] = [("enforce", false), ("monitor", true)];
+/// True = TCP alone.
+pub(super) const SOCKETS: [(&str, bool); 2] = [("tcp-udp", false), ("tcp", true)];
 pub(super) const DENY_ALLOW: [(&str, bool); 2] = [("deny", false), ("allow", true)];
 pub(super) const LOGS: [(&str, bool); 2] = [("new", true), ("none", false)];
 pub(super) const IDENTITIES: [(&str, Evidence); 2] =
     [("exact", Evidence::Address), ("authenticated", Evidence::Origin)];
-pub(super) const GRANTS: [(&str, u32); 6] = [
+pub(super) const GRANTS: [(&str, u32); 9] = [
     ("ping", LocalEntry::GRANT_PING),
     ("raw", LocalEntry::GRANT_RAW),
     ("sctp", LocalEntry::GRANT_SCTP),
     ("udplite", LocalEntry::GRANT_UDPLITE),
     ("dccp", LocalEntry::GRANT_DCCP),
     ("mptcp", LocalEntry::GRANT_MPTCP),
+    ("packet", LocalEntry::GRANT_PACKET),
+    ("vsock", LocalEntry::GRANT_VSOCK),
+    ("families", LocalEntry::GRANT_FAMILIES),
 ];
 
 /// A value and where it was written.
@@ -143,6 +148,8 @@ pub struct SegmentDoc {
     pub unresolved_allow: bool,
     pub on_revoke: OnRevoke,
     pub grants: u32,
+    /// No UDP sockets.
+    pub tcp_only: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -796,6 +803,7 @@ impl<'r> Reader<'r> {
             let items = self.list(node, "grants", "a list of socket types").unwrap_or_default();
             items.iter().filter_map(|item| self.word(item, "grant", &GRANTS)).fold(0, |all, bit| all | bit)
         });
+        let tcp_only = self.word_or(&fields, "sockets", &SOCKETS, false).unwrap_or_default();
         Some(SegmentDoc {
             meta,
             members,
@@ -805,6 +813,7 @@ impl<'r> Reader<'r> {
             unresolved_allow,
             on_revoke,
             grants,
+            tcp_only,
         })
     }
 

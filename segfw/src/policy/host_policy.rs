@@ -46,6 +46,8 @@ pub struct Segment {
     pub on_revoke: OnRevoke,
     /// Bits of `LocalEntry::GRANT_*`, as written; the compiler adds what egress rules imply.
     pub grants: u32,
+    /// UDP sockets are refused when they are made.
+    pub tcp_only: bool,
     pub at: Position,
 }
 

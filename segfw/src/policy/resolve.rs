@@ -126,6 +126,7 @@ fn segment(doc: &SegmentDoc) -> Segment {
         unresolved_allow,
         on_revoke,
         grants,
+        tcp_only,
     } = doc;
     Segment {
         name: meta.name.clone(),
@@ -141,6 +142,7 @@ fn segment(doc: &SegmentDoc) -> Segment {
         unresolved_allow: *unresolved_allow,
         on_revoke: *on_revoke,
         grants: *grants,
+        tcp_only: *tcp_only,
         at: meta.at.clone(),
     }
 }

@@ -11,7 +11,7 @@ pub mod validator;
 
 use super::container;
 use super::document::{
-    ACTIONS, API_VERSION, DEFAULT_PRIORITY, DENY_ALLOW, GRANTS, IDENTITIES, LAST_PRIORITY, LOGS, MODES, TIERS,
+    ACTIONS, API_VERSION, DEFAULT_PRIORITY, DENY_ALLOW, GRANTS, IDENTITIES, LAST_PRIORITY, LOGS, MODES, SOCKETS, TIERS,
 };
 
 /// What may stand behind a key.
@@ -153,6 +153,7 @@ const MODE: Type = Type::Words(&words(&MODES));
 const VERDICT: Type = Type::Words(&words(&DENY_ALLOW));
 const LOG: Type = Type::Words(&words(&LOGS));
 const IDENTITY: Type = Type::Words(&words(&IDENTITIES));
+const SOCKETS_WORDS: Type = Type::Words(&words(&SOCKETS));
 const GRANT: Type = Type::Words(&words(&GRANTS));
 
 static NAME: Form = Form { name: "name", pattern: "^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$" };
@@ -303,7 +304,14 @@ pub static SEGMENT: Map = Map {
             "cut",
             "What becomes of a live connection that is no longer allowed.",
         ),
-        optional("grants", Type::List(&GRANT), "Socket types that are allowed beside TCP and UDP."),
+        optional("grants", Type::List(&GRANT), "Socket types that are allowed beside TCP and UDP; `packet`, `vsock` and `families` (all others) are address families, which no rule speaks of."),
+        default(
+            "sockets",
+            SOCKETS_WORDS,
+            "tcp-udp",
+            "What may be had without a grant. `tcp`: UDP sockets are refused when they are made; where every segment of a host \
+             says so, gate conn needs nothing per packet.",
+        ),
     ],
 };
 
@@ -463,6 +471,7 @@ spec:
   whenUnresolved: deny
   onRevoke: {drain: 10m}
   grants: [ping]
+  sockets: tcp-udp
 ",
             "\
 apiVersion: segfw.dev/v1

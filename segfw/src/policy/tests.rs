@@ -45,7 +45,7 @@ spec: {select: {app: web}, whenUnresloved: deny}
             a.yaml:1:1: error: unknown key "a" (a document has apiVersion, kind, metadata, spec)
             a.yaml:4:23: error: unknown key "owenr" (metadata has name, owner, description, labels)
               help: did you mean "owner"?
-            a.yaml:5:28: error: unknown key "whenUnresloved" (the spec of a Segment has select, addresses, default, mode, whenUnresolved, onRevoke, grants)
+            a.yaml:5:28: error: unknown key "whenUnresloved" (the spec of a Segment has select, addresses, default, mode, whenUnresolved, onRevoke, grants, sockets)
               help: did you mean "whenUnresolved"?
         "#]],
     );
@@ -369,7 +369,7 @@ spec: {select: {app: e}, onRevoke: {drain: 10 minutes}}
               help: did you mean "ingress"?
             a.yaml:14:39: error: mode has no meaning here (nothing is enforced at peers that run no agent)
             a.yaml:19:36: error: unknown onRevoke "drane" (known: cut, keep or {drain: 10m})
-            a.yaml:19:52: error: unknown grant "pign" (known: ping, raw, sctp, udplite, dccp, mptcp)
+            a.yaml:19:52: error: unknown grant "pign" (known: ping, raw, sctp, udplite, dccp, mptcp, packet, vsock, families)
               help: did you mean "ping"?
             a.yaml:19:81: error: unknown whenUnresolved "no" (known: deny, allow)
             a.yaml:24:44: error: bad duration "10 minutes" (a duration reads 90s, 10m, 1h30m, from 1s to 30d)

@@ -128,6 +128,7 @@ impl World {
                 monitor: rng.one_in(6),
                 unresolved_allow: rng.one_in(3),
                 on_revoke: *rng.pick(&[OnRevoke::Cut, OnRevoke::Cut, OnRevoke::Drain(7_000_000_000), OnRevoke::Keep]),
+                tcp_only: false,
                 grants: *rng.pick(&[0, 0, LocalEntry::GRANT_PING, LocalEntry::GRANT_RAW | LocalEntry::GRANT_SCTP]),
                 ..segment(&name, "")
             });

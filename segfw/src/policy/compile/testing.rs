@@ -21,6 +21,7 @@ pub fn segment(name: &str, select: &str) -> Segment {
         unresolved_allow: false,
         on_revoke: OnRevoke::Cut,
         grants: 0,
+        tcp_only: false,
         at: Position::default(),
     }
 }
