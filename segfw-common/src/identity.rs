@@ -19,6 +19,11 @@ impl Identity {
     pub const CANARY: Self = Self(4);
     /// The same, of whom no policy speaks: with it the agent finds out that a gate lets anybody through at all.
     pub const CANARY_OPEN: Self = Self(5);
+    /// A canary, of either kind: neither counted nor reported.
+    #[inline(always)]
+    pub const fn is_canary(self) -> bool {
+        self.0 == Self::CANARY.0 || self.0 == Self::CANARY_OPEN.0
+    }
     /// In a rule key: every identity that has no entry of its own. Never the identity of anybody.
     pub const ANY: Self = Self(255);
     /// The first number that stands for a set of labels or for an address range.

@@ -94,6 +94,8 @@ pub mod control {
     /// The agent answers for a part of the cgroup tree (`--cgroup-root`): listeners it does not know, and processes of
     /// no workload, are somebody else's.
     pub const HOST_PART: u64 = 4;
+    /// Gate conn judges TCP: `cgroup_skb/ingress` lets it pass unseen. Not set while connections are being revoked.
+    pub const HOST_CONN: u64 = 8;
     /// From this bit on the word says when the agent counts as gone: boot nanoseconds in units of `2^GONE_UNIT`
     /// (about a millisecond), rounded up; 0 = never (`lastKnownGood`). One word, so nobody reads half of it.
     pub const GONE_SHIFT: u32 = 8;

@@ -4,7 +4,7 @@ use crate::judge::Judgement;
 use crate::maps::{self, budget, count, count_denial, count_rule, now};
 use aya_ebpf::helpers::generated::{bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_smp_processor_id};
 use segfw_common::event::{Counter, DenialKey, Hook};
-use segfw_common::{EventKind, Flow, FlowEvent, Identity, Verdict, bounds};
+use segfw_common::{EventKind, Flow, FlowEvent, Verdict, bounds};
 
 /// What an event needs besides the flow and the answer.
 #[derive(Clone, Copy)]
@@ -25,7 +25,7 @@ pub struct About {
 /// Counts a judged flow, and reports it unless that would be one denial too many or the rule is quiet.
 #[inline(never)]
 pub fn report(about: &About, flow: &Flow, j: &Judgement) {
-    if flow.local.0 == Identity::CANARY.0 || flow.local.0 == Identity::CANARY_OPEN.0 {
+    if flow.local.is_canary() {
         return;
     }
     let verdict = j.decision.verdict;

@@ -21,7 +21,7 @@ use segfw_common::decide::origin_key;
 use segfw_common::event::{Counter, Hook};
 use segfw_common::packet::{self, Bytes, Packet};
 use segfw_common::rule::ipproto;
-use segfw_common::{Addr, Direction, EndpointKey, EventKind, Flow, Identity, Listener, Party, SocketState, Verdict};
+use segfw_common::{Addr, Direction, EndpointKey, EventKind, Flow, Identity, Listener, Lookup, Party, SocketState, Verdict, control};
 
 const TCP_CLOSE: u32 = 7;
 const TCP_LISTEN: u32 = 10;
@@ -184,6 +184,14 @@ pub fn ingress(ctx: &SkBuffContext) -> Answer {
         return Answer::Pass;
     }
     let kernel = Kernel::read();
+    if kernel.host_flags() & control::HOST_CONN != 0 {
+        // SAFETY: a socket pointer of the context; the helper returns null for request and time-wait sockets.
+        let full = unsafe { bpf_sk_fullsock(sk) };
+        // SAFETY: checked for null.
+        if full.is_null() || unsafe { (*full).protocol } == u32::from(ipproto::TCP) {
+            return Answer::Pass;
+        }
+    }
     let state = socket_state(sk.cast());
     // SAFETY: checked for null above.
     let tcp_state = unsafe { (*sk).state };
@@ -608,7 +616,7 @@ fn ends(ops: *mut bpf_sock_ops, listener: bool) {
     if matches!(flow.direction, Direction::Egress) {
         forget_origin(&origin_key(&flow));
     }
-    if state.flags & SocketState::NO_LOG != 0 {
+    if state.flags & SocketState::NO_LOG != 0 || state.local().is_canary() {
         return;
     }
     let time = now();

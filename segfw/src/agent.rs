@@ -126,6 +126,8 @@ pub struct Core {
     checks: Option<Checks>,
     /// `cgroup_skb/ingress` is attached.
     ingress: bool,
+    /// TCP passes `cgroup_skb/ingress` unseen, since gate conn judges it.
+    tcp_by_conn: bool,
     /// Cookies of listeners that the inventory entered.
     listeners: BTreeSet<u64>,
     /// Containers and labels that a runtime told of and that were above a limit.

@@ -10,6 +10,7 @@ mod absence;
 mod cli;
 mod discovery;
 mod docs;
+mod gate;
 mod lifecycle;
 mod machine;
 mod monitoring;
@@ -57,6 +58,7 @@ fn tests() -> Vec<Test> {
         cli::tests(),
         discovery::tests(),
         docs::tests(),
+        gate::tests(),
         lifecycle::tests(),
         monitoring::tests(),
         pack::tests(),

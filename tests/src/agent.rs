@@ -135,6 +135,11 @@ impl Agent {
         self.child.as_ref().map(Child::id)
     }
 
+    /// Folder below which it pins: one folder a layout.
+    pub fn pins(&self) -> &std::path::Path {
+        &self.pins
+    }
+
     /// Where it keeps what survives it.
     pub fn state_dir(&self) -> PathBuf {
         self.folder.join("state")

@@ -68,31 +68,49 @@ impl Core {
         self.config.cgroup_root.strip_prefix(&self.hierarchy.mount).is_ok_and(|rest| !rest.as_os_str().is_empty())
     }
 
-    /// The hook per packet, before anything that it may have to judge: a switch, a sweep.
-    pub(super) fn attach_ingress(&mut self) -> anyhow::Result<()> {
+    /// Every packet is judged from now on: before a switch, so that what it revokes is refused from its very moment on and
+    /// not only when the sweep comes to it; and where gate conn does not answer.
+    pub(super) fn judge_packets(&mut self) -> anyhow::Result<()> {
         let root = std::fs::File::open(&self.config.cgroup_root)?;
         let _ = self.datapath.attach(INGRESS, &root)?;
         self.ingress = true;
-        Ok(())
+        self.tcp_by_conn = false;
+        self.set_flags()
     }
 
-    /// Takes the hook per packet away where gate conn judges all that comes in; puts it back where it does not. To be
+    /// The end of that: TCP is left to gate conn where that stands and no rule has an end (which the kernel alone must
+    /// hold, and an open connection meets no other hook), and the hook is taken away where nothing else needs it. To be
     /// called after a sweep: what was revoked has ended then.
-    pub(super) fn settle_ingress(&mut self, survey: &netns::Survey) {
-        let done = match self.needs_ingress(survey) {
-            true if self.ingress => Ok(()),
-            true => self.attach_ingress(),
-            false if !self.ingress => Ok(()),
-            false => self.datapath.drop_hook(INGRESS).map(|()| self.ingress = false).map_err(anyhow::Error::from),
+    pub(super) fn settle_packets(&mut self, survey: &netns::Survey) {
+        let by_conn = self.has_conn() && self.in_force.as_ref().is_some_and(|f| !has_ends(&f.tables));
+        let done = if !by_conn {
+            if self.tcp_by_conn || !self.ingress { self.judge_packets() } else { Ok(()) }
+        } else {
+            self.leave_tcp().and_then(|()| match (self.needs_ingress(survey), self.ingress) {
+                (true, false) => self.judge_packets().and_then(|()| self.leave_tcp()),
+                (false, true) => {
+                    self.ingress = false;
+                    self.datapath.drop_hook(INGRESS).map_err(anyhow::Error::from)
+                }
+                (true, true) | (false, false) => Ok(()),
+            })
         };
         if let Err(error) = done {
             tracing::error!("{error:#}");
         }
     }
 
+    fn leave_tcp(&mut self) -> anyhow::Result<()> {
+        if self.tcp_by_conn {
+            return Ok(());
+        }
+        self.tcp_by_conn = true;
+        self.set_flags()
+    }
+
     fn needs_ingress(&self, survey: &netns::Survey) -> bool {
         let Some(f) = &self.in_force else { return true };
-        if !self.has_conn() || self.config.monitor || needs_ingress(&f.tables) {
+        if needs_ingress(&f.tables) {
             return true;
         }
         // Datagram sockets from before their segment was tcpOnly; if they cannot be listed they are held to be there.
@@ -121,7 +139,7 @@ impl Core {
             return Vec::new();
         }
         // Until it is known that they are back the other gate judges.
-        let mended = self.attach_ingress().map_err(|e| format!("{e:#}"));
+        let mended = self.judge_packets().map_err(|e| format!("{e:#}"));
         self.attach_checks();
         let now = self.checks.clone();
         let of = |check: Check| match (&now, check == CONN) {
@@ -144,7 +162,8 @@ impl Core {
                 ("conn", format!("inet_conn_request by {}; nothing is attached per packet", door.as_str()))
             }
             Some(Ok(door)) => {
-                ("conn", format!("inet_conn_request by {}, and cgroup_skb/ingress {}", door.as_str(), self.why_ingress()))
+                let (door, what) = (door.as_str(), if self.tcp_by_conn { "all but TCP" } else { "every packet" });
+                ("conn", format!("inet_conn_request by {door}; cgroup_skb/ingress sees {what}, since {}", self.why_packets()))
             }
             Some(Err(why)) => ("skb", format!("cgroup_skb/ingress; no gate conn: {why}")),
             None => ("skb", "cgroup_skb/ingress".to_owned()),
@@ -152,12 +171,12 @@ impl Core {
         report::Gate { name: name.to_owned(), why }
     }
 
-    fn why_ingress(&self) -> &'static str {
+    fn why_packets(&self) -> &'static str {
         match &self.in_force {
-            _ if self.config.monitor => "(monitor mode)",
-            Some(f) if f.tables.rules.values().any(|e| e.until != 0) => "(a rule has an end)",
-            Some(f) if needs_ingress(&f.tables) => "(a segment is not tcpOnly)",
-            Some(_) | None => "(while live connections are looked at, or a datagram socket is left)",
+            Some(f) if has_ends(&f.tables) => "a rule has an end",
+            Some(f) if needs_ingress(&f.tables) => "not every segment is `sockets: tcp`",
+            Some(_) if self.tcp_by_conn => "a datagram socket from before is left",
+            Some(_) | None => "live connections are being looked at",
         }
     }
 
@@ -172,13 +191,19 @@ impl Core {
     }
 }
 
-/// Does something of these tables need `cgroup_skb/ingress` even where gate conn judges TCP? A segment that may have UDP
-/// sockets or others whose packets no other hook sees come in; one in monitor mode, whose datagrams are to be recorded; a
-/// rule with an end, which the kernel alone must hold (an open connection has no other hook).
+/// Does a rule end, or begin, by itself?
+fn has_ends(tables: &Tables) -> bool {
+    tables.rules.values().any(|e| e.until != 0)
+}
+
+/// Does something besides TCP come in that must be judged? A segment may have UDP sockets, or others whose packets no other
+/// hook sees come in; in monitor mode its datagrams are to be recorded.
 pub(crate) fn needs_ingress(tables: &Tables) -> bool {
     let packets = |l: &LocalEntry| {
-        l.flags & LocalEntry::TCP_ONLY == 0 || l.flags & LocalEntry::MONITOR != 0 || l.grants & LocalEntry::GRANTS_BY_PACKET != 0
+        l.flags & LocalEntry::TCP_ONLY == 0
+            || l.flags & LocalEntry::MONITOR != 0
+            || l.grants & LocalEntry::GRANTS_BY_PACKET != 0
     };
-    let enforced = tables.locals.iter().filter(|(id, l)| **id != segfw_common::Identity::CANARY && l.flags & LocalEntry::OPEN == 0);
-    enforced.map(|(_, l)| l).any(packets) || tables.rules.values().any(|e| e.until != 0)
+    let judged = tables.locals.iter().filter(|(id, l)| !id.is_canary() && l.flags & LocalEntry::OPEN == 0);
+    judged.map(|(_, l)| l).any(packets)
 }

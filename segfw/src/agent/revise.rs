@@ -97,6 +97,7 @@ impl Core {
             canary: None,
             checks: None,
             ingress: false,
+            tcp_by_conn: false,
             listeners: BTreeSet::new(),
             containers_left_out: 0,
             looked: 0,
@@ -106,7 +107,7 @@ impl Core {
         core.addresses = core.datapath.addresses()?.into_iter().collect();
         core.paths = core.datapath.paths()?.into_iter().collect();
         // Closed since the boot, by the early loader or by an agent that is gone.
-        core.closed_until_first = core.datapath.host_flags()? & !(control::HOST_MONITOR | control::HOST_PART) == control::gone_after(0);
+        core.closed_until_first = core.datapath.host_flags()? & !(control::HOST_MONITOR | control::HOST_PART | control::HOST_CONN) == control::gone_after(0);
         core.set_flags()?;
         let tree: Vec<Change> =
             core.hierarchy.scan()?.into_iter().map(|(path, id)| Change::Appeared { path, id }).collect();
@@ -119,6 +120,7 @@ impl Core {
         let absence = &self.config.absence;
         let mut flags = if self.config.monitor { control::HOST_MONITOR } else { 0 };
         flags |= if self.is_part() { control::HOST_PART } else { 0 };
+        flags |= if self.tcp_by_conn { control::HOST_CONN } else { 0 };
         let later = proc::boot_ns()?.saturating_add(u64::from(absence.agent_gone_after_seconds) * 1_000_000_000);
         flags |= match absence.agent_gone {
             _ if self.closed_until_first => control::gone_after(0),
@@ -266,7 +268,7 @@ impl Core {
         self.names.learn(&tables.identities, &tables.rule_names, &policy.segments);
         if self.attached {
             // What the switch revokes is refused from its very moment on, and not only when the sweep comes to it.
-            self.attach_ingress()?;
+            self.judge_packets()?;
             if egress {
                 self.attach_egress()?;
             }

@@ -115,7 +115,7 @@ impl Core {
             tracing::error!("{error}");
         }
         if self.attached {
-            self.settle_ingress(&survey);
+            self.settle_packets(&survey);
         }
         self.publish_names();
     }

@@ -103,14 +103,13 @@ impl Door {
     }
 
     fn try_out(self, btf: &Btf) -> io::Result<bool> {
-        // r2 = arguments[2] (protocol), low 32 bits; r0 = -EPERM; if w2 == PROBE_PROTOCOL exit; r0 = 0; exit.
+        // r2 = arguments[2] (protocol); r0 = -EPERM; if its low 32 bits are PROBE_PROTOCOL exit; r0 = 0; exit.
         let [a, b, c, d] = PROBE_PROTOCOL.to_le_bytes();
-        let code: [Instruction; 6] = [
-            [0x61, 0x12, 16, 0, 0, 0, 0, 0],
+        let code: [Instruction; 5] = [
+            [0x79, 0x12, 16, 0, 0, 0, 0, 0],
             [0xb7, 0, 0, 0, 0xff, 0xff, 0xff, 0xff],
-            [0x15, 2, 1, 0, a, b, c, d],
+            [0x16, 2, 1, 0, a, b, c, d],
             [0xb7, 0, 0, 0, 0, 0, 0, 0],
-            [0x95, 0, 0, 0, 0, 0, 0, 0],
             [0x95, 0, 0, 0, 0, 0, 0, 0],
         ];
         let program = self.load(btf, &FAMILY, &code, "segfw_probe")?;
