@@ -74,6 +74,11 @@ pub mod bounds {
     pub const FLOW_IDLE_NS: u64 = 180_000_000_000;
     /// Denial events a CPU may send in a second before it aggregates.
     pub const DENIAL_EVENTS_PER_S: u64 = 256;
+    /// A CPU wakes the agent for its first event after so long (nanoseconds); for those that follow sooner the agent looks by
+    /// itself. A wake-up per event would cost more than the event.
+    pub const WAKE_NS: u64 = 100_000_000;
+    /// Events of a CPU after which the agent is woken in any case: an eighth of the ring.
+    pub const WAKE_EVENTS: u32 = RING_BYTES / 8 / 176;
 }
 
 /// Indices into the `CONTROL` array (one `u64` each).

@@ -155,13 +155,13 @@ pub fn parse_into<B: Bytes + ?Sized>(b: &B, offset: u32, packet: &mut Packet) ->
             if header_len < 20 {
                 return Err(ParseError::Invalid);
             }
-            let [frag0, frag1, _ttl, protocol] = b.bytes::<4>(offset + 6).ok_or(ParseError::Truncated)?;
+            // Fragment field to destination in one: in the kernel each reading is a call.
+            let [f0, f1, _ttl, protocol, _, _, s0, s1, s2, s3, d0, d1, d2, d3] =
+                b.bytes::<14>(offset + 6).ok_or(ParseError::Truncated)?;
             packet.protocol = protocol as u16;
-            packet.later_fragment = u16::from_be_bytes([frag0, frag1]) & 0x1fff != 0;
-            let source = b.bytes::<4>(offset + 12).ok_or(ParseError::Truncated)?;
-            packet.source = Addr::from_v4_be(u32::from_ne_bytes(source));
-            let destination = b.bytes::<4>(offset + 16).ok_or(ParseError::Truncated)?;
-            packet.destination = Addr::from_v4_be(u32::from_ne_bytes(destination));
+            packet.later_fragment = u16::from_be_bytes([f0, f1]) & 0x1fff != 0;
+            packet.source = Addr::from_v4_be(u32::from_ne_bytes([s0, s1, s2, s3]));
+            packet.destination = Addr::from_v4_be(u32::from_ne_bytes([d0, d1, d2, d3]));
             offset + header_len
         }
         6 => {
@@ -227,13 +227,18 @@ fn transport<B: Bytes + ?Sized>(b: &B, at: u32, packet: &mut Packet) -> Result<(
         packet.destination_port = pair;
         return Ok(());
     }
-    let [s0, s1, d0, d1] = b.bytes::<4>(at).ok_or(ParseError::Truncated)?;
+    let ports;
+    if kind == PORTS_AND_FLAGS {
+        let [p0, p1, p2, p3, q0, q1, q2, q3, _, _, _, _, _, flags] = b.bytes::<14>(at).ok_or(ParseError::Truncated)?;
+        ports = [p0, p1, p2, p3];
+        packet.sequence = u32::from_be_bytes([q0, q1, q2, q3]);
+        packet.tcp_flags = flags;
+    } else {
+        ports = b.bytes::<4>(at).ok_or(ParseError::Truncated)?;
+    }
+    let [s0, s1, d0, d1] = ports;
     packet.source_port = u16::from_be_bytes([s0, s1]);
     packet.destination_port = u16::from_be_bytes([d0, d1]);
-    if kind == PORTS_AND_FLAGS {
-        packet.sequence = u32::from_be_bytes(b.bytes::<4>(at + 4).ok_or(ParseError::Truncated)?);
-        [packet.tcp_flags] = b.bytes::<1>(at + 13).ok_or(ParseError::Truncated)?;
-    }
     Ok(())
 }
 

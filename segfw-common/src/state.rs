@@ -205,8 +205,9 @@ pub struct SocketState {
     pub identity: u32,
     /// Number of the workload.
     pub workload: u32,
-    /// Zero.
-    pub pad: u32,
+    /// Generation in which segments of this TCP connection pass without another look; 0 = none. Set where the cached verdict
+    /// passes and has no end.
+    pub passes: u32,
     /// Generation of the cached verdict; 0 = none.
     pub generation: u32,
     /// Identity of the peer.

@@ -19,8 +19,8 @@ use segfw_common::event::{Counter, Hook};
 use segfw_common::packet::{self, Bytes, Packet};
 use segfw_common::rule::ipproto;
 use segfw_common::{
-    Addr, Decision, Direction, EventKind, Evidence, Flow, Identity, Listener, LocalEntry, Lookup, Reason, Verdict, conn,
-    control,
+    Addr, Decision, Direction, EventKind, Evidence, Flow, Identity, Listener, LocalEntry, Lookup, Reason, Verdict,
+    conn, control,
 };
 
 /// Offsets in bytes in structures of the running kernel; see [`conn::Layout`].

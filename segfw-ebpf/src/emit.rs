@@ -2,6 +2,7 @@
 
 use crate::judge::Judgement;
 use crate::maps::{self, budget, count, count_denial, count_rule, now};
+use aya_ebpf::bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
 use aya_ebpf::helpers::generated::{bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_smp_processor_id};
 use segfw_common::event::{Counter, DenialKey, Hook};
 use segfw_common::{EventKind, Flow, FlowEvent, Verdict, bounds};
@@ -23,8 +24,14 @@ pub struct About {
 }
 
 /// Counts a judged flow, and reports it unless that would be one denial too many or the rule is quiet.
-#[inline(never)]
+#[inline(always)]
 pub fn report(about: &About, flow: &Flow, j: &Judgement) {
+    report_at(about, flow, j, 0);
+}
+
+/// The same, where the caller knows the time; 0 = it does not. To ask costs as much as a look-up.
+#[inline(never)]
+pub fn report_at(about: &About, flow: &Flow, j: &Judgement, time: u64) {
     if flow.local.is_canary() {
         return;
     }
@@ -35,7 +42,7 @@ pub fn report(about: &About, flow: &Flow, j: &Judgement) {
     if j.decision.quiet && !denied && j.decision.pending == 0 {
         return;
     }
-    let time = now();
+    let time = if time == 0 { now() } else { time };
     if denied && over_budget(time) {
         let key = DenialKey {
             local: flow.local.0,
@@ -96,7 +103,8 @@ fn write(about: &About, flow: &Flow, j: &Judgement, time: u64) {
             let _ = bpf_get_current_comm(e.comm.as_mut_ptr().cast(), 16);
         }
     }
-    submit(event);
+    // A rejected flow waits for its answer.
+    submit(event, matches!(about.kind, EventKind::Reject));
 }
 
 /// The part of an event that the flow itself tells.
@@ -140,9 +148,30 @@ pub fn begin(time: u64) -> Option<*mut FlowEvent> {
     Some(event)
 }
 
-/// Hands a reserved event to user space.
+/// Hands a reserved event to user space, which is woken if it has heard nothing of this CPU for a while, or `at_once`.
 #[inline(always)]
-pub fn submit(event: *mut FlowEvent) {
+pub fn submit(event: *mut FlowEvent, at_once: bool) {
+    // SAFETY: as above.
+    let time = unsafe { (*event).time };
+    let mut flag = BPF_RB_NO_WAKEUP;
+    if at_once || wake_due(time) {
+        flag = BPF_RB_FORCE_WAKEUP;
+    }
     // SAFETY: `event` came from `begin` and is submitted once.
-    unsafe { aya_ebpf::helpers::generated::bpf_ringbuf_submit(event.cast(), 0) }
+    unsafe { aya_ebpf::helpers::generated::bpf_ringbuf_submit(event.cast(), u64::from(flag)) }
+}
+
+/// Is this the event to wake the agent for? Woken, it looks again by itself for longer than [`bounds::WAKE_NS`]: so no event
+/// waits for longer than that (`agent::export`).
+#[inline(always)]
+fn wake_due(time: u64) -> bool {
+    let Some(budget) = budget() else { return true };
+    budget.unwoken += 1;
+    // A softirq in between may wake too: once more than needed.
+    let due = time.wrapping_sub(budget.woken) >= bounds::WAKE_NS || budget.unwoken >= u64::from(bounds::WAKE_EVENTS);
+    if due {
+        budget.woken = time;
+        budget.unwoken = 0;
+    }
+    due
 }

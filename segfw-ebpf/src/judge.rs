@@ -2,6 +2,7 @@
 
 use crate::maps::{Kernel, now};
 use segfw_common::decide::Peer;
+use segfw_common::rule::ipproto;
 use segfw_common::{Decision, Flow, SocketState, Verdict, decide, identify};
 
 /// An answer and what it rests on.
@@ -130,6 +131,8 @@ pub fn live(state: &mut SocketState, generation: u32, j: &mut Judgement) -> Live
 pub fn remember(state: &mut SocketState, generation: u32, j: &Judgement) {
     state.until = j.decision.until;
     state.generation = generation;
+    let lasting = j.decision.passes() && j.decision.until == 0 && state.protocol == ipproto::TCP;
+    state.passes = if lasting { generation } else { 0 };
     state.remote = j.peer.identity.0;
     state.rule = j.decision.rule;
     state.verdict = j.decision.verdict as u8;
@@ -138,6 +141,32 @@ pub fn remember(state: &mut SocketState, generation: u32, j: &Judgement) {
     state.pending = j.decision.pending;
     state.pending_rule = j.decision.pending_rule;
     state.flags = if j.decision.quiet { state.flags | SocketState::NO_LOG } else { state.flags & !SocketState::NO_LOG };
+}
+
+/// The stored answer again, as [`judge`] gave it. Only for one that passes, so there is nothing to reject.
+#[inline(always)]
+pub fn recall(state: &SocketState, j: &mut Judgement) {
+    j.peer.identity.0 = state.remote;
+    j.decision.rule = state.rule;
+    j.decision.pending = state.pending;
+    j.decision.pending_rule = state.pending_rule;
+    j.decision.quiet = state.flags & SocketState::NO_LOG != 0;
+    // SAFETY: `remember` took the three bytes from these very types.
+    unsafe {
+        put(&mut j.peer.evidence, state.evidence);
+        put(&mut j.decision.verdict, state.verdict);
+        put(&mut j.decision.reason, state.reason);
+    }
+}
+
+/// # Safety
+///
+/// `raw` is a value of `T`.
+#[inline(always)]
+unsafe fn put<T>(to: &mut T, raw: u8) {
+    const { assert!(size_of::<T>() == 1) };
+    // SAFETY: one byte, and a value of this type as the caller says.
+    unsafe { (&raw mut *to).cast::<u8>().write_volatile(raw) }
 }
 
 /// Is the cached answer still good, and a pass?

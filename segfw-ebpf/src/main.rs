@@ -21,7 +21,9 @@ mod stream;
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
 use aya_ebpf::helpers::generated::bpf_set_retval;
 use aya_ebpf::macros::{cgroup_skb, cgroup_sock, cgroup_sock_addr, lsm, sock_ops, tracepoint, xdp};
-use aya_ebpf::programs::{LsmContext, SkBuffContext, SockAddrContext, SockContext, SockOpsContext, TracePointContext, XdpContext};
+use aya_ebpf::programs::{
+    LsmContext, SkBuffContext, SockAddrContext, SockContext, SockOpsContext, TracePointContext, XdpContext,
+};
 
 /// What a hook wants done; why is in the event it sent.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -78,15 +78,32 @@ static RULE_COUNTERS: PerCpuHashMap<u32, RuleCount, { bounds::RULE_COUNTERS as u
 #[btf_map]
 static DENIALS: PerCpuHashMap<DenialKey, DenialCount, { bounds::DENIALS as usize }, NO_PREALLOC> = PerCpuHashMap::new();
 
-/// Per CPU: event sequence, and the budget of single denial events in the current second.
+/// Per CPU: event sequence, the budget of single denial events in the current second, and wake-ups.
 #[repr(C)]
 pub struct Budget {
     pub sequence: u64,
     pub second: u64,
     pub denials: u64,
+    /// Boot nanoseconds of the last event of this CPU that woke the agent.
+    pub woken: u64,
+    /// Events since then.
+    pub unwoken: u64,
 }
 #[btf_map]
 static BUDGET: PerCpuArray<Budget, 1> = PerCpuArray::new();
+
+/// Per CPU: the answer to the last SYN that a listener was allowed to see, so that the ACK and the child of the same
+/// handshake, which nearly always come to the same CPU, need no second judgement. See `stream::handshake`.
+#[repr(C)]
+pub struct Handshake {
+    /// As the child's storage will have it.
+    pub answer: SocketState,
+    /// Sequence number of the SYN: it makes this one handshake and no other with the same addresses.
+    pub sequence: u32,
+    pad: u32,
+}
+#[btf_map]
+static HANDSHAKE: PerCpuArray<Handshake, 1> = PerCpuArray::new();
 
 /// Socket storage with `BPF_F_CLONE`: aya-ebpf's own type has no flags and takes one context only.
 #[repr(C)]
@@ -152,6 +169,12 @@ pub fn count(index: u32) {
 pub fn budget<'a>() -> Option<&'a mut Budget> {
     // SAFETY: this CPU's own slot.
     BUDGET.get_ptr_mut(0).map(|p| unsafe { &mut *p })
+}
+
+#[inline(always)]
+pub fn last_handshake<'a>() -> Option<&'a mut Handshake> {
+    // SAFETY: this CPU's own slot.
+    HANDSHAKE.get_ptr_mut(0).map(|p| unsafe { &mut *p })
 }
 
 #[inline(always)]

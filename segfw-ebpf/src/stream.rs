@@ -2,11 +2,11 @@
 
 use crate::Answer;
 use crate::datagram;
-use crate::emit::{About, begin, describe, report, submit};
-use crate::judge::{Live, blur, cached, judge, live, opaque_zero, remember, unjudged};
+use crate::emit::{About, begin, describe, report, report_at, submit};
+use crate::judge::{Judgement, Live, blur, cached, judge, live, opaque_zero, recall, remember, unjudged};
 use crate::maps::{
-    Kernel, forget_listener, forget_origin, now, register_endpoint, socket_state, socket_state_or_new, store_listener,
-    store_origin, unregister_endpoint,
+    Kernel, forget_listener, forget_origin, last_handshake, now, register_endpoint, socket_state, socket_state_or_new,
+    store_listener, store_origin, unregister_endpoint,
 };
 use crate::socket::{AF_INET6, of_process, refresh, resolve_current, resolve_skb, source_addr};
 use aya_ebpf::bindings::{
@@ -17,11 +17,14 @@ use aya_ebpf::helpers::generated::{
     bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_fullsock, bpf_skb_load_bytes, bpf_sock_ops_cb_flags_set,
 };
 use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockOpsContext};
+use core::mem::MaybeUninit;
 use segfw_common::decide::origin_key;
 use segfw_common::event::{Counter, Hook};
 use segfw_common::packet::{self, Bytes, Packet};
 use segfw_common::rule::ipproto;
-use segfw_common::{Addr, Direction, EndpointKey, EventKind, Flow, Identity, Listener, Lookup, Party, SocketState, Verdict, control};
+use segfw_common::{
+    Addr, Direction, EndpointKey, EventKind, Flow, Identity, Listener, Lookup, Party, SocketState, Verdict, control,
+};
 
 const TCP_CLOSE: u32 = 7;
 const TCP_LISTEN: u32 = 10;
@@ -33,10 +36,12 @@ pub struct Skb(pub *mut __sk_buff);
 impl Bytes for Skb {
     #[inline(always)]
     fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        let mut out = [0u8; N];
+        // Not zeroed first: the helper writes all of it, zeros if it fails.
+        let mut out = MaybeUninit::<[u8; N]>::uninit();
         // SAFETY: `out` has N bytes; the helper checks the packet's end.
         let rc = unsafe { bpf_skb_load_bytes(self.0.cast(), offset, out.as_mut_ptr().cast(), N as u32) };
-        if rc == 0 { Some(out) } else { None }
+        // SAFETY: the helper wrote N bytes.
+        if rc == 0 { Some(unsafe { out.assume_init() }) } else { None }
     }
 }
 
@@ -196,11 +201,15 @@ pub fn ingress(ctx: &SkBuffContext) -> Answer {
     // SAFETY: checked for null above.
     let tcp_state = unsafe { (*sk).state };
     if let Some(state) = &state
-        && state.protocol == ipproto::TCP
         && tcp_state != TCP_LISTEN
-        && cached(state, kernel.generation)
     {
-        return Answer::Pass;
+        // Nearly every segment there is ends here.
+        if state.passes == kernel.generation && kernel.generation != 0 {
+            return Answer::Pass;
+        }
+        if state.protocol == ipproto::TCP && cached(state, kernel.generation) {
+            return Answer::Pass;
+        }
     }
     // SAFETY: a socket pointer of the context; the helper returns null for request and time-wait sockets.
     let full = unsafe { bpf_sk_fullsock(sk) };
@@ -236,7 +245,11 @@ pub fn adopt<'a>(skb: *mut __sk_buff, sk: *mut bpf_sock, protocol: u16) -> Optio
 /// since it follows from the addresses alone.
 #[inline(always)]
 fn handshake(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> Answer {
-    refresh(state);
+    // A listener's own answer stays "none": the number says only for which generation its cgroup was looked up.
+    if state.generation != kernel.generation {
+        refresh(state);
+        state.generation = kernel.generation;
+    }
     let mut packet = Packet::EMPTY;
     if !read(skb, &mut packet) {
         return datagram::unreadable(&kernel, state);
@@ -252,9 +265,16 @@ fn handshake(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> An
         local_port: packet.destination_port,
         remote_port: packet.source_port,
     };
+    // The ACK has the number after the SYN's.
+    if answered(state, &flow, kernel.generation, packet.sequence.wrapping_sub(1)).is_some() {
+        return Answer::Pass;
+    }
     let mut j = unjudged();
     judge(&kernel, &flow, &mut j);
     if j.decision.passes() {
+        if packet.opens() {
+            keep(&flow, kernel.generation, packet.sequence, &j);
+        }
         return Answer::Pass;
     }
     if packet.opens() {
@@ -271,6 +291,50 @@ fn handshake(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> An
         report(&about, &flow, &j);
     }
     Answer::Refuse
+}
+
+/// 1 where no two softirqs take turns on a CPU, as they do under PREEMPT_RT; set by the loader, a constant for the verifier.
+#[unsafe(no_mangle)]
+static SOFTIRQ_ALONE: u32 = 1;
+
+/// Keeps the answer to a SYN for the rest of its handshake.
+#[inline(always)]
+fn keep(flow: &Flow, generation: u32, sequence: u32, j: &Judgement) {
+    // SAFETY: a plain read that the compiler may not fold, since the loader changes the value.
+    if unsafe { core::ptr::read_volatile(&raw const SOFTIRQ_ALONE) } == 0 {
+        return;
+    }
+    let Some(kept) = last_handshake() else { return };
+    let answer = &mut kept.answer;
+    answer.netns = flow.netns;
+    answer.local_addr = flow.local_addr;
+    answer.remote_addr = flow.remote_addr;
+    answer.local_port = flow.local_port;
+    answer.remote_port = flow.remote_port;
+    answer.identity = flow.local.0;
+    answer.workload = flow.workload;
+    answer.protocol = ipproto::TCP;
+    remember(answer, generation, j);
+    kept.sequence = sequence;
+}
+
+/// The answer to the SYN with this number, if it is the last one that came to this CPU, was judged for the same owner of the
+/// listener in this generation, and let it pass with no end.
+#[inline(always)]
+fn answered<'a>(state: &SocketState, flow: &Flow, generation: u32, sequence: u32) -> Option<&'a SocketState> {
+    let kept = last_handshake()?;
+    let answer = &kept.answer;
+    let same = kept.sequence == sequence
+        && answer.passes == generation
+        && generation != 0
+        && answer.netns == state.netns
+        && answer.identity == state.identity
+        && answer.workload == state.workload
+        && answer.remote_port == flow.remote_port
+        && answer.local_port == flow.local_port
+        && answer.remote_addr == flow.remote_addr
+        && answer.local_addr == flow.local_addr;
+    if same { Some(answer) } else { None }
 }
 
 /// A segment of a connection whose cached answer is missing, of an older generation, past its time, or a refusal.
@@ -461,16 +525,28 @@ fn leaves(ops: *mut bpf_sock_ops) {
     };
     store_origin(&origin_key(&flow), &Party { identity: state.identity, workload: state.workload });
     let mut j = unjudged();
-    judge(&kernel, &flow, &mut j);
-    // Another program may have rewritten the address after our `connect` hook. This hook cannot refuse, but the stored
-    // answer stops what comes back.
-    remember(state, kernel.generation, &j);
+    let unchanged = state.passes == kernel.generation
+        && kernel.generation != 0
+        && state.direction == Direction::Egress as u8
+        && state.remote_port == remote_port
+        && state.remote_addr == remote_addr
+        // Who connects to its own port may have met itself, which nobody knew before the port was chosen.
+        && local_port != remote_port;
+    if unchanged {
+        recall(state, &mut j);
+    } else {
+        // Another program may have rewritten the address after our `connect` hook. This hook cannot refuse, but the stored
+        // answer stops what comes back.
+        judge(&kernel, &flow, &mut j);
+        remember(state, kernel.generation, &j);
+    }
     state.direction = Direction::Egress as u8;
     state.local_addr = local_addr;
     state.remote_addr = remote_addr;
     state.local_port = local_port;
     state.remote_port = remote_port;
-    state.started = now();
+    let time = now();
+    state.started = time;
     state.flags |= SocketState::LOGGED;
     let about = About {
         kind: EventKind::New,
@@ -482,7 +558,7 @@ fn leaves(ops: *mut bpf_sock_ops) {
         sequence: 0,
         cgroup: state.cgroup,
     };
-    report(&about, &flow, &j);
+    report_at(&about, &flow, &j, time);
 }
 
 /// A child of a listener: its own answer, under its own addresses.
@@ -502,7 +578,9 @@ fn accepted(ops: *mut bpf_sock_ops) {
     {
         return;
     }
-    refresh(state);
+    if state.generation != kernel.generation {
+        refresh(state);
+    }
     let flow = Flow {
         direction: Direction::Ingress,
         protocol: ipproto::TCP,
@@ -515,16 +593,22 @@ fn accepted(ops: *mut bpf_sock_ops) {
         remote_port,
     };
     let mut j = unjudged();
-    judge(&kernel, &flow, &mut j);
     state.flags = SocketState::LOGGED;
     state.drain = 0;
+    // SAFETY: the program's context. Behind the SYN, unless data came with it: then nothing is kept under that number.
+    let sequence = unsafe { (*ops).rcv_nxt }.wrapping_sub(1);
+    match answered(state, &flow, kernel.generation, sequence) {
+        Some(answer) => recall(answer, &mut j),
+        None => judge(&kernel, &flow, &mut j),
+    }
     remember(state, kernel.generation, &j);
     state.direction = Direction::Ingress as u8;
     state.local_addr = local_addr;
     state.remote_addr = remote_addr;
     state.local_port = local_port;
     state.remote_port = remote_port;
-    state.started = now();
+    let time = now();
+    state.started = time;
     let about = About {
         kind: EventKind::New,
         hook: Hook::SockOps,
@@ -535,7 +619,7 @@ fn accepted(ops: *mut bpf_sock_ops) {
         sequence: 0,
         cgroup: state.cgroup,
     };
-    report(&about, &flow, &j);
+    report_at(&about, &flow, &j, time);
 }
 
 /// A listener: its endpoint is known from now on, and no answer of an earlier life of the socket is left on it.
@@ -565,6 +649,7 @@ fn listens(ops: *mut bpf_sock_ops) {
     let (local_addr, _, local_port, _) = ends_of(ops);
     state.verdict = 0;
     state.generation = 0;
+    state.passes = 0;
     if state.flags & SocketState::REGISTERED != 0 {
         return;
     }
@@ -644,5 +729,5 @@ fn ends(ops: *mut bpf_sock_ops, listener: bool) {
         e.retransmits = (*ops).total_retrans;
         e.rtt_us = (*ops).srtt_us >> 3;
     }
-    submit(event);
+    submit(event, false);
 }

@@ -93,7 +93,8 @@ fn conn_alone() -> Result<()> {
     let flows = String::from_utf8_lossy(&flows.stdout).into_owned();
     ensure!(flows.contains("\"hook\":\"inet_conn_request\""), "no denial by gate conn is on record: {flows}");
     // The kernel's own word on what is attached per packet.
-    let pins: Vec<_> = std::fs::read_dir(scene.agent()?.pins())?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
+    let pins: Vec<_> =
+        std::fs::read_dir(scene.agent()?.pins())?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
     let links = pins.iter().flat_map(std::fs::read_dir).flatten().flatten().map(|e| e.file_name());
     let links: Vec<String> = links.map(|n| n.to_string_lossy().into_owned()).collect();
     ensure!(links.iter().any(|l| l == "link-conn_request"), "gate conn is not pinned: {links:?}");

@@ -246,7 +246,9 @@ impl Core {
             golden_rules: GOLDEN.iter().map(|s| (*s).to_owned()).collect(),
             uncovered: UNCOVERED
                 .iter()
-                .filter(|(what, _)| !(FAMILIES.contains(what) && self.checks.as_ref().is_some_and(|c| c.family.is_ok())))
+                .filter(|(what, _)| {
+                    !(FAMILIES.contains(what) && self.checks.as_ref().is_some_and(|c| c.family.is_ok()))
+                })
                 .map(|(what, consequence)| Uncovered {
                     what: (*what).to_owned(),
                     consequence: (*consequence).to_owned(),

@@ -17,6 +17,8 @@ use tokio::sync::mpsc;
 
 /// Rejected flows that wait for their answer. More: not answered, which is what `deny` would have done; counted.
 pub const ANSWERS_WAITING: usize = 1024;
+/// How often gaps in the numbers are looked at, while there are events.
+const SETTLE: Duration = Duration::from_secs(1);
 /// A namespace that is not known is looked for at most this often.
 const SURVEY_PAUSE: Duration = Duration::from_secs(1);
 
@@ -59,7 +61,14 @@ impl Shared {
     }
 }
 
-/// Drains the ring buffer for as long as the agent lives.
+/// How often the ring is looked at while events come. A CPU wakes us for its first event only
+/// ([`segfw_common::bounds::WAKE_NS`]); what follows waits no longer than this.
+const LOOK: Duration = Duration::from_millis(50);
+/// The looking goes on for so long after the last wake-up or find: every event that came without a wake-up is behind one that
+/// woke us less than `WAKE_NS` before, so a look that much later sees the last of them.
+const LOOK_ON: Duration = Duration::from_nanos(2 * segfw_common::bounds::WAKE_NS);
+
+/// Drains the ring buffer for as long as the agent lives. An idle agent is not woken at all, a busy one every [`LOOK`].
 pub async fn drain(
     ring: RingBuf<MapData>,
     mut intake: Intake,
@@ -69,27 +78,41 @@ pub async fn drain(
     // SAFETY: the ring owns its map's descriptor, always the same one, and lives inside the AsyncFd until that is dropped.
     let mut ring = unsafe { AsyncFd::register_with_interest(ring, tokio::io::Interest::READABLE) }
         .map_err(|e| std::io::Error::other(e.to_string()))?;
-    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    // What an agent before us left, and what came before we listened.
+    let mut look_until = tokio::time::Instant::now() + LOOK_ON;
+    // Gaps are told once they are certain; without new events there are none.
+    let mut settle_at = None;
     loop {
-        tokio::select! {
+        let now = tokio::time::Instant::now();
+        let next = if now < look_until { Some(now + LOOK) } else { settle_at };
+        let woken = tokio::select! {
             ready = ring.readable_mut() => {
-                let mut ready = ready?;
-                let names = shared.names();
-                let ring = ready.get_inner_mut();
-                while let Some(item) = ring.next() {
-                    let Some(event) = intake.take(&item, &names) else { continue };
-                    if slipped(&event) {
-                        shared.sweep.notify_one();
-                    }
-                    if EventKind::from_raw(event.kind) == Some(EventKind::Reject) && answers.try_send(event).is_err() {
-                        let _ = shared.unanswered.fetch_add(1, Ordering::Relaxed);
-                    }
-                }
-                ready.clear_ready();
+                ready?.clear_ready();
+                true
             }
-            _ = tick.tick() => {
-                intake.settle(crate::host::proc::boot_ns()?, &shared.names());
+            () = tokio::time::sleep_until(next.unwrap_or(now)), if next.is_some() => false,
+        };
+        let names = shared.names();
+        let mut found = false;
+        while let Some(item) = ring.get_mut().next() {
+            found = true;
+            let Some(event) = intake.take(&item, &names) else { continue };
+            if slipped(&event) {
+                shared.sweep.notify_one();
             }
+            if EventKind::from_raw(event.kind) == Some(EventKind::Reject) && answers.try_send(event).is_err() {
+                let _ = shared.unanswered.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let now = tokio::time::Instant::now();
+        if found || woken {
+            look_until = now + LOOK_ON;
+            settle_at = settle_at.or(Some(now + SETTLE));
+        }
+        if settle_at.is_some_and(|at| at <= now) {
+            intake.settle(crate::host::proc::boot_ns()?, &names);
+            // Once more after the last event: a gap is certain only a while later.
+            settle_at = (now < look_until).then_some(now + SETTLE);
         }
         shared.lost.store(intake.lost(), Ordering::Relaxed);
     }

@@ -6,7 +6,7 @@ use crate::config::GateChoice;
 use crate::datapath::attach::INGRESS;
 use crate::datapath::guard::Difference;
 use crate::datapath::security::{CONN, Check, Door, FAMILY};
-use segfw_common::{LocalEntry, Listener};
+use segfw_common::{Listener, LocalEntry};
 
 /// The trouble of a gate that the settings demand and that is not there.
 const NO_CONN: &str = "gate";
@@ -163,7 +163,13 @@ impl Core {
             }
             Some(Ok(door)) => {
                 let (door, what) = (door.as_str(), if self.tcp_by_conn { "all but TCP" } else { "every packet" });
-                ("conn", format!("inet_conn_request by {door}; cgroup_skb/ingress sees {what}, since {}", self.why_packets()))
+                (
+                    "conn",
+                    format!(
+                        "inet_conn_request by {door}; cgroup_skb/ingress sees {what}, since {}",
+                        self.why_packets()
+                    ),
+                )
             }
             Some(Err(why)) => ("skb", format!("cgroup_skb/ingress; no gate conn: {why}")),
             None => ("skb", "cgroup_skb/ingress".to_owned()),

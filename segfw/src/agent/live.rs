@@ -8,7 +8,8 @@ use crate::policy::{Tables, TablesView};
 use segfw_common::decide::{Peer, standing};
 use segfw_common::{
     Addr, AddressEntry, CgroupEntry, Decision, Direction, EndpointEntry, EndpointKey, Flow, FlowKey, FlowValue,
-    Identity, Listener, LocalEntry, Lookup, OriginKey, Party, Peers, Proto, RuleEntry, RuleKey, bounds, decide, identify,
+    Identity, Listener, LocalEntry, Lookup, OriginKey, Party, Peers, Proto, RuleEntry, RuleKey, bounds, decide,
+    identify,
 };
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::SocketAddr;
@@ -248,9 +249,8 @@ pub fn has_datagrams(
     cgroups: &BTreeMap<u64, CgroupEntry>,
 ) -> Result<bool, crate::host::sockdiag::Error> {
     let mut diag = Diag::open(namespace)?;
-    let enforced = |sock: &Sock| {
-        owner(cgroups, sock).is_some_and(|(_, entry)| standing(view, Identity(entry.identity)).is_some())
-    };
+    let enforced =
+        |sock: &Sock| owner(cgroups, sock).is_some_and(|(_, entry)| standing(view, Identity(entry.identity)).is_some());
     for (protocol, must) in [(Sock::UDP, true), (Sock::UDPLITE, false), (Sock::RAW, false)] {
         for v6 in [false, true] {
             match diag.inet(v6, protocol) {

@@ -107,7 +107,9 @@ impl Core {
         core.addresses = core.datapath.addresses()?.into_iter().collect();
         core.paths = core.datapath.paths()?.into_iter().collect();
         // Closed since the boot, by the early loader or by an agent that is gone.
-        core.closed_until_first = core.datapath.host_flags()? & !(control::HOST_MONITOR | control::HOST_PART | control::HOST_CONN) == control::gone_after(0);
+        core.closed_until_first = core.datapath.host_flags()?
+            & !(control::HOST_MONITOR | control::HOST_PART | control::HOST_CONN)
+            == control::gone_after(0);
         core.set_flags()?;
         let tree: Vec<Change> =
             core.hierarchy.scan()?.into_iter().map(|(path, id)| Change::Appeared { path, id }).collect();

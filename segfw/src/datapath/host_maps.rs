@@ -3,7 +3,9 @@
 use super::{Datapath, Error, sys};
 use segfw_common::event::{Counter, DenialCount, DenialKey, RuleCount};
 use segfw_common::state::PathKey;
-use segfw_common::{Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, FlowKey, FlowValue, Listener, OriginKey, Party};
+use segfw_common::{
+    Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, FlowKey, FlowValue, Listener, OriginKey, Party,
+};
 use std::collections::BTreeMap;
 
 /// Counters of all CPUs, added up.

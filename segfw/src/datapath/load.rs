@@ -86,6 +86,8 @@ impl Datapath {
         let _ = loader.override_global("HAS_SKB_NETNS", &skb_netns, true);
         let layout = Btf::of_kernel().ok().and_then(|btf| security::layout(&btf)).unwrap_or_default();
         let _ = loader.override_global("LAYOUT", &layout, true);
+        let softirq_alone = u32::from(!preempt_rt());
+        let _ = loader.override_global("SOFTIRQ_ALONE", &softirq_alone, true);
         for name in PINNED_MAPS {
             let _ = loader.map_pin_path(name, dir.join(name));
         }
@@ -171,6 +173,12 @@ fn raise_memlock() {
     let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
     // SAFETY: a plain call. Newer kernels do not need it, so a refusal is no error.
     let _ = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
+}
+
+/// Does one softirq interrupt another on a CPU? Where that cannot be read: perhaps.
+fn preempt_rt() -> bool {
+    let version = std::fs::read_to_string("/proc/sys/kernel/version").unwrap_or_else(|_| "PREEMPT_RT".to_owned());
+    version.contains("PREEMPT_RT") || version.contains("PREEMPT RT")
 }
 
 /// Is the running kernel at least this release?

@@ -14,8 +14,8 @@ use segfw_common::{Identity, Listener};
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::TcpListener;
-use std::sync::{MutexGuard, PoisonError};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{MutexGuard, PoisonError};
 
 /// The door.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,10 +144,10 @@ impl Datapath {
     /// other program, so the new one is pinned first. Whether the kernel asks it is for [`Datapath::asks`] to say.
     fn attach_check(&self, check: Check, door: Door, btf: &Btf) -> Result<Outcome, Error> {
         let describe = |what: &str| format!("{what} {} ({})", check.program, door.as_str());
-        let code = self.security.get(check.program).ok_or_else(|| Error::Missing {
-            kind: "program",
-            name: check.program.to_owned(),
-        })?;
+        let code = self
+            .security
+            .get(check.program)
+            .ok_or_else(|| Error::Missing { kind: "program", name: check.program.to_owned() })?;
         let program =
             door.load(btf, &check, code, check.program).map_err(|e| Error::sys(describe("load the program"), e))?;
         let link = sys::tracing_attach(program.as_fd()).map_err(|e| Error::sys(describe("attach"), e))?;
@@ -252,7 +252,9 @@ impl Datapath {
         let btf = Btf::of_kernel().map_err(|e| format!("no BTF: {e}"));
         let door = btf.as_ref().map_err(Clone::clone).and_then(Door::find);
         let conn = conn.and_then(|()| match &btf {
-            Ok(btf) if layout(btf).is_none() => Err("this kernel keeps sockets otherwise than gate conn knows".to_owned()),
+            Ok(btf) if layout(btf).is_none() => {
+                Err("this kernel keeps sockets otherwise than gate conn knows".to_owned())
+            }
             _ => Ok(()),
         });
         let one = |check: Check, wanted: Result<(), String>| -> Result<Door, String> {

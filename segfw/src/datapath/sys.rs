@@ -306,13 +306,7 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
 
 /// Loads a program of the tracing family (BPF LSM, `fmod_ret`) for the kernel function with this BTF number. The error has
 /// the end of what the verifier said.
-pub fn program_load(
-    kind: u32,
-    attach_type: u32,
-    function: u32,
-    code: &[[u8; 8]],
-    name: &str,
-) -> io::Result<OwnedFd> {
+pub fn program_load(kind: u32, attach_type: u32, function: u32, code: &[[u8; 8]], name: &str) -> io::Result<OwnedFd> {
     const BPF_PROG_LOAD: u32 = 5;
     let license = c"GPL";
     let attr = || {

@@ -991,7 +991,8 @@ impl Emitter<'_> {
                 .or_insert(LocalEntry { flags: LocalEntry::OPEN, ..LocalEntry::default() });
         }
         // Who is not known yet may turn out to be in any segment: no UDP socket where none may have one.
-        let known = tables.locals.iter().filter(|(id, l)| **id != Identity::UNRESOLVED && l.flags & LocalEntry::OPEN == 0);
+        let known =
+            tables.locals.iter().filter(|(id, l)| **id != Identity::UNRESOLVED && l.flags & LocalEntry::OPEN == 0);
         let flags = known.map(|(_, l)| l.flags).reduce(|all, flags| all & flags).unwrap_or(0);
         if flags & LocalEntry::TCP_ONLY != 0
             && let Some(unresolved) = tables.locals.get_mut(&Identity::UNRESOLVED)

@@ -304,7 +304,11 @@ pub static SEGMENT: Map = Map {
             "cut",
             "What becomes of a live connection that is no longer allowed.",
         ),
-        optional("grants", Type::List(&GRANT), "Socket types that are allowed beside TCP and UDP; `packet`, `vsock` and `families` (all others) are address families, which no rule speaks of."),
+        optional(
+            "grants",
+            Type::List(&GRANT),
+            "Socket types that are allowed beside TCP and UDP; `packet`, `vsock` and `families` (all others) are address families, which no rule speaks of.",
+        ),
         default(
             "sockets",
             SOCKETS_WORDS,
