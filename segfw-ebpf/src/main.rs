@@ -19,8 +19,10 @@ mod stream;
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
 use aya_ebpf::helpers::generated::bpf_set_retval;
-use aya_ebpf::macros::{cgroup_skb, cgroup_sock, cgroup_sock_addr, sock_ops, tracepoint, xdp};
-use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext, SockOpsContext, TracePointContext, XdpContext};
+use aya_ebpf::macros::{btf_tracepoint, cgroup_skb, cgroup_sock, cgroup_sock_addr, sock_ops, tracepoint, xdp};
+use aya_ebpf::programs::{
+    BtfTracePointContext, SkBuffContext, SockAddrContext, SockContext, SockOpsContext, TracePointContext, XdpContext,
+};
 
 /// What a hook wants done; why is in the event it sent.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -61,6 +63,13 @@ fn syscall_verdict(answer: Answer) -> i32 {
 #[tracepoint(category = "cgroup", name = "cgroup_mkdir")]
 fn cgroup_made(ctx: TracePointContext) -> u32 {
     cgroups::made(&ctx);
+    0
+}
+
+/// The same, for kernels below 6.1.
+#[btf_tracepoint(function = "cgroup_mkdir")]
+fn cgroup_made_by_type(ctx: BtfTracePointContext) -> i32 {
+    cgroups::made_by_type(&ctx);
     0
 }
 

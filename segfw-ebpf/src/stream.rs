@@ -2,7 +2,7 @@
 
 use crate::Answer;
 use crate::datagram;
-use crate::emit::{About, begin, describe, report, submit};
+use crate::emit::{About, CALLER, CALLER_OF_SOCK_OPS, NOBODY, begin, describe, report, submit};
 use crate::judge::{Live, blur, cached, judge, live, opaque_zero, remember, unjudged};
 use crate::maps::{
     Kernel, forget_origin, now, register_endpoint, socket_state, socket_state_or_new, store_origin, unregister_endpoint,
@@ -157,13 +157,12 @@ pub fn connect(ctx: &SockAddrContext, v6: bool) -> Answer {
         let about = About {
             kind: EventKind::New,
             hook: Hook::Connect,
-            process: true,
             socket_type: 0,
             generation: kernel.generation,
             sequence: 0,
             cgroup: state.cgroup,
         };
-        report(&about, &flow, &j);
+        report(&about, &flow, &j, CALLER);
     }
     if datagram && j.decision.passes() {
         // SAFETY: as above.
@@ -251,13 +250,12 @@ fn handshake(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> An
         let about = About {
             kind: if j.decision.reject { EventKind::Reject } else { EventKind::New },
             hook: Hook::Ingress,
-            process: false,
             socket_type: 0,
             generation: kernel.generation,
             sequence: packet.sequence,
             cgroup: state.cgroup,
         };
-        report(&about, &flow, &j);
+        report(&about, &flow, &j, NOBODY);
     }
     Answer::Refuse
 }
@@ -305,13 +303,12 @@ fn alive(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> Answer
             let about = About {
                 kind: EventKind::Revoked,
                 hook: Hook::Ingress,
-                process: false,
                 socket_type: 0,
                 generation: kernel.generation,
                 sequence: 0,
                 cgroup: state.cgroup,
             };
-            report(&about, &flow, &j);
+            report(&about, &flow, &j, NOBODY);
             Answer::Refuse
         }
     }
@@ -350,13 +347,12 @@ pub fn outlived(state: &mut SocketState, kernel: &Kernel) -> Answer {
             let about = About {
                 kind: EventKind::Revoked,
                 hook: Hook::Egress,
-                process: false,
                 socket_type: 0,
                 generation: kernel.generation,
                 sequence: 0,
                 cgroup: state.cgroup,
             };
-            report(&about, &flow, &j);
+            report(&about, &flow, &j, NOBODY);
             Answer::Refuse
         }
     }
@@ -462,13 +458,12 @@ fn leaves(ops: *mut bpf_sock_ops) {
     let about = About {
         kind: EventKind::New,
         hook: Hook::SockOps,
-        process: true,
         socket_type: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup: state.cgroup,
     };
-    report(&about, &flow, &j);
+    report(&about, &flow, &j, CALLER_OF_SOCK_OPS);
 }
 
 /// A child of a listener: its own answer, under its own addresses.
@@ -514,13 +509,12 @@ fn accepted(ops: *mut bpf_sock_ops) {
     let about = About {
         kind: EventKind::New,
         hook: Hook::SockOps,
-        process: false,
         socket_type: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup: state.cgroup,
     };
-    report(&about, &flow, &j);
+    report(&about, &flow, &j, NOBODY);
 }
 
 /// A listener: its endpoint is known from now on, and no answer of an earlier life of the socket is left on it.

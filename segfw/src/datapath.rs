@@ -6,6 +6,7 @@
 //! * [`sys`]: the few calls aya 0.14 lacks.
 
 pub mod attach;
+pub mod btf;
 pub mod generation;
 pub mod guard;
 pub mod host_maps;
