@@ -7,7 +7,7 @@
 
 use crate::Answer;
 use crate::datagram::{monitored, refusal};
-use crate::emit::{About, report};
+use crate::emit::{About, CALLER, NOBODY, report};
 use crate::judge::{Judgement, judge, opaque_zero, unjudged};
 use crate::maps::{Kernel, cgroup, count, listener};
 use crate::socket::{current, unpack};
@@ -134,14 +134,13 @@ pub fn request(sk: u64, skb: u64) -> Answer {
         let about = About {
             kind: if j.decision.reject { EventKind::Reject } else { EventKind::New },
             hook: Hook::ConnRequest,
-            process: false,
             socket_type: 0,
             family: 0,
             generation: kernel.generation,
             sequence: packet.sequence,
             cgroup: local.cgroup,
         };
-        report(&about, &flow, &j);
+        report(&about, &flow, &j, NOBODY);
     }
     Answer::Refuse
 }
@@ -190,13 +189,12 @@ pub fn family(family: u32, kind: u32, protocol: u32, kern: u32) -> Answer {
     let about = About {
         kind: EventKind::Socket,
         hook: Hook::SocketFamily,
-        process: true,
         socket_type: kind as u8,
         family: family as u8,
         generation: kernel.generation,
         sequence: 0,
         cgroup,
     };
-    report(&about, &flow, &j);
+    report(&about, &flow, &j, CALLER);
     refusal(&j)
 }

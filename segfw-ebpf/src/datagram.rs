@@ -2,7 +2,7 @@
 //! place of the connection, so that replies belong to it. Also here: the birth, the name and the end of every socket.
 
 use crate::Answer;
-use crate::emit::{About, report};
+use crate::emit::{About, CALLER, NOBODY, report};
 use crate::judge::{Judgement, Live, blur, cached, judge, live, opaque_zero, remember, unjudged};
 use crate::maps::{
     Kernel, flow as find_flow, now, register_endpoint, socket_state, socket_state_or_new, store_flow,
@@ -110,14 +110,13 @@ pub fn create(ctx: &SockContext) -> Answer {
     let about = About {
         kind: EventKind::Socket,
         hook: Hook::SockCreate,
-        process: true,
         socket_type: kind as u8,
         family: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup,
     };
-    report(&about, &flow, &j);
+    report(&about, &flow, &j, CALLER);
     refusal(&j)
 }
 
@@ -291,14 +290,13 @@ pub fn without_state(kernel: &Kernel, flow: &mut Flow, hook: Hook) -> Answer {
     let about = About {
         kind: EventKind::New,
         hook,
-        process: true,
         socket_type: 0,
         family: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup,
     };
-    report(&about, flow, &j);
+    report(&about, flow, &j, CALLER);
     refusal(&j)
 }
 
@@ -362,14 +360,13 @@ fn outbound(
     let about = About {
         kind: EventKind::New,
         hook,
-        process: hook as u8 == Hook::Sendmsg as u8,
         socket_type: 0,
         family: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup: state.cgroup,
     };
-    report(&about, &flow, &j);
+    report(&about, &flow, &j, if hook as u8 == Hook::Sendmsg as u8 { CALLER } else { NOBODY });
     refusal(&j)
 }
 
@@ -521,14 +518,13 @@ pub fn ingress(skb: *mut __sk_buff, sk: &bpf_sock, state: &mut SocketState, kern
     let about = About {
         kind: if j.decision.reject && !j.decision.passes() { EventKind::Reject } else { EventKind::New },
         hook: Hook::Ingress,
-        process: false,
         socket_type: 0,
         family: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup: state.cgroup,
     };
-    report(&about, &flow, &j);
+    report(&about, &flow, &j, NOBODY);
     refusal(&j)
 }
 

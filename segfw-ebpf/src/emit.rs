@@ -3,7 +3,11 @@
 use crate::judge::Judgement;
 use crate::maps::{self, budget, count, count_denial, count_rule, now};
 use aya_ebpf::bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
-use aya_ebpf::helpers::generated::{bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_smp_processor_id};
+use aya_ebpf::helpers::generated::{
+    bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_smp_processor_id,
+    bpf_probe_read_kernel,
+};
+use core::ffi::c_void;
 use segfw_common::event::{Counter, DenialKey, Hook};
 use segfw_common::{EventKind, Flow, FlowEvent, Verdict, bounds};
 
@@ -12,8 +16,6 @@ use segfw_common::{EventKind, Flow, FlowEvent, Verdict, bounds};
 pub struct About {
     pub kind: EventKind,
     pub hook: Hook,
-    /// The hook runs in the process that acts, so its name and id mean something.
-    pub process: bool,
     pub socket_type: u8,
     /// Address family, where that is what was judged.
     pub family: u8,
@@ -23,15 +25,64 @@ pub struct About {
     pub cgroup: u64,
 }
 
+/// Which process acts, as far as a hook may ask. A constant at each call and an argument of its own: the verifier must know
+/// it in the callee, or it refuses helpers that the program will never call.
+pub type Process = u64;
+/// The hook does not run in the process that acts.
+pub const NOBODY: Process = 0;
+/// It does, and every kernel lets it ask.
+pub const CALLER: Process = 1;
+/// It does, and is `sock_ops`, which may ask from 6.18 on.
+pub const CALLER_OF_SOCK_OPS: Process = 2;
+
+/// How `sock_ops` programs learn of the process that acts: 0 = they do not, 1 = by helpers, 2 = from `task_struct`, whose
+/// layout is in the next two. Set by the loader, constants for the verifier.
+#[unsafe(no_mangle)]
+static SOCK_OPS_PROCESS: u32 = 1;
+/// Offset of `task_struct.tgid`.
+#[unsafe(no_mangle)]
+static TASK_TGID: u32 = 0;
+/// Offset of `task_struct.comm`.
+#[unsafe(no_mangle)]
+static TASK_COMM: u32 = 0;
+
+/// A constant that the loader may have changed, so the compiler may not fold it.
+#[inline(always)]
+pub fn loaded(constant: &'static u32) -> u32 {
+    // SAFETY: a plain read.
+    unsafe { core::ptr::read_volatile(constant) }
+}
+
+/// Writes which process acts.
+#[inline(always)]
+fn name_process(e: &mut FlowEvent, process: Process) {
+    let how = if process == CALLER_OF_SOCK_OPS { loaded(&SOCK_OPS_PROCESS) } else { process as u32 };
+    if how == 1 {
+        // SAFETY: `comm` is 16 bytes of the reserved record.
+        unsafe {
+            e.pid = (bpf_get_current_pid_tgid() >> 32) as u32;
+            let _ = bpf_get_current_comm(e.comm.as_mut_ptr().cast(), 16);
+        }
+    } else if how == 2 {
+        // SAFETY: `pid` and `comm` are 4 and 16 bytes of the reserved record; the helper checks the address it reads.
+        unsafe {
+            let task = bpf_get_current_task();
+            let (tgid, comm) = (task + u64::from(loaded(&TASK_TGID)), task + u64::from(loaded(&TASK_COMM)));
+            let _ = bpf_probe_read_kernel((&raw mut e.pid).cast(), 4, tgid as *const c_void);
+            let _ = bpf_probe_read_kernel(e.comm.as_mut_ptr().cast(), 16, comm as *const c_void);
+        }
+    }
+}
+
 /// Counts a judged flow, and reports it unless that would be one denial too many or the rule is quiet.
 #[inline(always)]
-pub fn report(about: &About, flow: &Flow, j: &Judgement) {
-    report_at(about, flow, j, 0);
+pub fn report(about: &About, flow: &Flow, j: &Judgement, process: Process) {
+    report_at(about, flow, j, process, 0);
 }
 
 /// The same, where the caller knows the time; 0 = it does not. To ask costs as much as a look-up.
 #[inline(never)]
-pub fn report_at(about: &About, flow: &Flow, j: &Judgement, time: u64) {
+pub fn report_at(about: &About, flow: &Flow, j: &Judgement, process: Process, time: u64) {
     if flow.local.is_canary() {
         return;
     }
@@ -58,7 +109,7 @@ pub fn report_at(about: &About, flow: &Flow, j: &Judgement, time: u64) {
         count_denial(&key, time);
         return;
     }
-    write(about, flow, j, time);
+    write(about, flow, j, process, time);
 }
 
 /// Has this CPU sent its share of single denials in this second?
@@ -76,7 +127,7 @@ fn over_budget(time: u64) -> bool {
 
 /// Writes one event with no counts of bytes.
 #[inline(always)]
-fn write(about: &About, flow: &Flow, j: &Judgement, time: u64) {
+fn write(about: &About, flow: &Flow, j: &Judgement, process: Process, time: u64) {
     let Some(event) = begin(time) else { return };
     // SAFETY: reserved and zeroed by `begin`.
     let e = unsafe { &mut *event };
@@ -96,13 +147,7 @@ fn write(about: &About, flow: &Flow, j: &Judgement, time: u64) {
     e.reject = (j.decision.reject && matches!(j.decision.verdict, Verdict::Denied)) as u8;
     e.socket_type = about.socket_type;
     e.family = about.family;
-    if about.process {
-        // SAFETY: `comm` is 16 bytes of the reserved record.
-        unsafe {
-            e.pid = (bpf_get_current_pid_tgid() >> 32) as u32;
-            let _ = bpf_get_current_comm(e.comm.as_mut_ptr().cast(), 16);
-        }
-    }
+    name_process(e, process);
     // A rejected flow waits for its answer.
     submit(event, matches!(about.kind, EventKind::Reject));
 }

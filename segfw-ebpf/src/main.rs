@@ -20,9 +20,10 @@ mod stream;
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
 use aya_ebpf::helpers::generated::bpf_set_retval;
-use aya_ebpf::macros::{cgroup_skb, cgroup_sock, cgroup_sock_addr, lsm, sock_ops, tracepoint, xdp};
+use aya_ebpf::macros::{btf_tracepoint, cgroup_skb, cgroup_sock, cgroup_sock_addr, lsm, sock_ops, tracepoint, xdp};
 use aya_ebpf::programs::{
-    LsmContext, SkBuffContext, SockAddrContext, SockContext, SockOpsContext, TracePointContext, XdpContext,
+    BtfTracePointContext, LsmContext, SkBuffContext, SockAddrContext, SockContext, SockOpsContext, TracePointContext,
+    XdpContext,
 };
 
 /// What a hook wants done; why is in the event it sent.
@@ -74,6 +75,13 @@ fn security_verdict(answer: Answer) -> i32 {
 #[tracepoint(category = "cgroup", name = "cgroup_mkdir")]
 fn cgroup_made(ctx: TracePointContext) -> u32 {
     cgroups::made(&ctx);
+    0
+}
+
+/// The same, for kernels below 6.1.
+#[btf_tracepoint(function = "cgroup_mkdir")]
+fn cgroup_made_by_type(ctx: BtfTracePointContext) -> i32 {
+    cgroups::made_by_type(&ctx);
     0
 }
 

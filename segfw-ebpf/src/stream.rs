@@ -2,7 +2,7 @@
 
 use crate::Answer;
 use crate::datagram;
-use crate::emit::{About, begin, describe, report, report_at, submit};
+use crate::emit::{About, CALLER, CALLER_OF_SOCK_OPS, NOBODY, begin, describe, report, report_at, submit};
 use crate::judge::{Judgement, Live, blur, cached, judge, live, opaque_zero, recall, remember, unjudged};
 use crate::maps::{
     Kernel, forget_listener, forget_origin, last_handshake, now, register_endpoint, socket_state, socket_state_or_new,
@@ -163,14 +163,13 @@ pub fn connect(ctx: &SockAddrContext, v6: bool) -> Answer {
         let about = About {
             kind: EventKind::New,
             hook: Hook::Connect,
-            process: true,
             socket_type: 0,
             family: 0,
             generation: kernel.generation,
             sequence: 0,
             cgroup: state.cgroup,
         };
-        report(&about, &flow, &j);
+        report(&about, &flow, &j, CALLER);
     }
     if datagram && j.decision.passes() {
         // SAFETY: as above.
@@ -281,14 +280,13 @@ fn handshake(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> An
         let about = About {
             kind: if j.decision.reject { EventKind::Reject } else { EventKind::New },
             hook: Hook::Ingress,
-            process: false,
             socket_type: 0,
             family: 0,
             generation: kernel.generation,
             sequence: packet.sequence,
             cgroup: state.cgroup,
         };
-        report(&about, &flow, &j);
+        report(&about, &flow, &j, NOBODY);
     }
     Answer::Refuse
 }
@@ -380,14 +378,13 @@ fn alive(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> Answer
             let about = About {
                 kind: EventKind::Revoked,
                 hook: Hook::Ingress,
-                process: false,
                 socket_type: 0,
                 family: 0,
                 generation: kernel.generation,
                 sequence: 0,
                 cgroup: state.cgroup,
             };
-            report(&about, &flow, &j);
+            report(&about, &flow, &j, NOBODY);
             Answer::Refuse
         }
     }
@@ -426,14 +423,13 @@ pub fn outlived(state: &mut SocketState, kernel: &Kernel) -> Answer {
             let about = About {
                 kind: EventKind::Revoked,
                 hook: Hook::Egress,
-                process: false,
                 socket_type: 0,
                 family: 0,
                 generation: kernel.generation,
                 sequence: 0,
                 cgroup: state.cgroup,
             };
-            report(&about, &flow, &j);
+            report(&about, &flow, &j, NOBODY);
             Answer::Refuse
         }
     }
@@ -551,14 +547,13 @@ fn leaves(ops: *mut bpf_sock_ops) {
     let about = About {
         kind: EventKind::New,
         hook: Hook::SockOps,
-        process: true,
         socket_type: 0,
         family: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup: state.cgroup,
     };
-    report_at(&about, &flow, &j, time);
+    report_at(&about, &flow, &j, CALLER_OF_SOCK_OPS, time);
 }
 
 /// A child of a listener: its own answer, under its own addresses.
@@ -612,14 +607,13 @@ fn accepted(ops: *mut bpf_sock_ops) {
     let about = About {
         kind: EventKind::New,
         hook: Hook::SockOps,
-        process: false,
         socket_type: 0,
         family: 0,
         generation: kernel.generation,
         sequence: 0,
         cgroup: state.cgroup,
     };
-    report_at(&about, &flow, &j, time);
+    report_at(&about, &flow, &j, NOBODY, time);
 }
 
 /// A listener: its endpoint is known from now on, and no answer of an earlier life of the socket is left on it.

@@ -12,6 +12,7 @@ mod generations;
 mod memory;
 mod older;
 mod packets;
+mod verifier;
 
 use anyhow::{Context, Result, bail};
 use segfw_tests::scratch;
@@ -57,7 +58,8 @@ impl Tally {
 
 type Section = (&'static str, fn(&Options, &mut Tally) -> Result<()>);
 
-const SECTIONS: [Section; 5] = [
+const SECTIONS: [Section; 6] = [
+    ("verifier", verifier::run),
     ("differential", differential::run),
     ("packets", packets::run),
     ("generations", generations::run),

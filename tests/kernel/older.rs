@@ -3,8 +3,8 @@
 use crate::memory::boot_ns;
 use crate::{Options, Tally};
 use anyhow::{Context, Result, ensure};
+use segfw::datapath::Datapath;
 use segfw::datapath::attach::HOOKS;
-use segfw::datapath::{Datapath, sys};
 use segfw::policy::compile::testing::{labels, rule, segment};
 use segfw::policy::compile::{Clock, compile};
 use segfw::policy::host_policy::HostPolicy;
@@ -53,7 +53,7 @@ fn served(tally: &mut Tally) -> Result<()> {
         let (tcp_address, udp_address) = (tcp.local_addr()?, udp.local_addr()?);
         let name = |who: &str, what: &str| format!("older: {who} over loopback to {what} {}", tcp_address.ip());
         enter(&scratch.cgroup("client")?)?;
-        if sys::skb_knows_netns() {
+        if datapath.features.skb_netns {
             tally.count(name("an allowed client", "a TCP listener on"), connects(tcp_address, true));
             tally.count(name("an allowed client", "a UDP socket on"), sends(udp, udp_address, true));
         } else {

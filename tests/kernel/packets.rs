@@ -5,7 +5,8 @@ use crate::frames::*;
 use crate::memory::{Known, Memory, boot_ns};
 use crate::{Options, Tally};
 use anyhow::{Result, bail, ensure};
-use segfw::datapath::{Datapath, sys};
+use segfw::datapath::Datapath;
+use segfw::datapath::load::Features;
 use segfw::host::netns::current_cookie;
 use segfw::policy::Tables;
 use segfw::policy::compile::testing::{labels, rule, segment};
@@ -123,7 +124,7 @@ impl Scene {
             let seen = boot_ns().wrapping_sub(idle * 1_000_000_000);
             (key, FlowValue { seen, generation: 1, local: db.0, direction: 1, ..FlowValue::default() })
         };
-        let here = if sys::skb_knows_netns() { current_cookie()? } else { 0 };
+        let here = if Features::probe().skb_netns { current_cookie()? } else { 0 };
         let flows = vec![flow(NETNS, 2222, 0), flow(here, 2222, 0), flow(NETNS, 3333, 200), flow(here, 3333, 200)];
         Ok(Self { tables, known, flows, db, watched, here })
     }

@@ -3,6 +3,7 @@
 //! The agent keeps no descriptor of a link, so neither its death nor a forked child changes what is attached. A newer
 //! build puts its programs behind the existing links (`BPF_LINK_UPDATE`); it never detaches first.
 
+use super::load::MadeBy;
 use super::{Datapath, Error, sys};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -42,6 +43,8 @@ pub const EGRESS: Hook = Hook { program: "skb_egress", attach_type: 1 };
 
 /// Watches cgroups being made. Not a cgroup hook: a tracepoint, which needs tracefs to be found.
 pub const CGROUP_MADE: &str = "cgroup_made";
+/// The program that stands in for it below 6.1; its link is pinned under the same name.
+pub(super) const CGROUP_MADE_BY_TYPE: &str = "cgroup_made_by_type";
 
 /// Where tracefs describes the event that [`CGROUP_MADE`] needs.
 const EVENT: &str = "/sys/kernel/tracing/events/cgroup/cgroup_mkdir";
@@ -146,11 +149,16 @@ impl Datapath {
     pub fn attach_cgroup_made(&self) -> Result<(), Error> {
         let event = |what: &str, e| Error::sys(format!("{what} {EVENT}"), e);
         let pin = self.dir.join(format!("link-{CGROUP_MADE}"));
-        let ours = sys::program_info(self.program(CGROUP_MADE)?).map_err(|e| event("read the program for", e))?.id;
+        let program = self.program(self.watch_of_cgroups()?)?;
+        let ours = sys::program_info(program).map_err(|e| event("read the program for", e))?.id;
         if let Some(link) = sys::get(&pin).map_err(|e| event("open the link to", e))?
             && sys::link_info(link.as_fd()).is_ok_and(|info| info.program == ours)
         {
             return Ok(());
+        }
+        if self.features.cgroup_made == MadeBy::Types {
+            let link = sys::event_link_create(program).map_err(|e| event("attach to", e))?;
+            return pin_over(link.as_fd(), &pin).map_err(|e| event("pin the link to", e));
         }
         let read = |file: &str| std::fs::read_to_string(format!("{EVENT}/{file}"));
         let format = read("format").map_err(|e| event("no tracefs, or a kernel without", e))?;
@@ -161,9 +169,21 @@ impl Datapath {
         let id = read("id").map_err(|e| event("read", e))?;
         let id = id.trim().parse().map_err(|_| event("read", std::io::ErrorKind::InvalidData.into()))?;
         let perf = sys::tracepoint_open(id).map_err(|e| event("open", e))?;
-        let link = sys::link_create(self.program(CGROUP_MADE)?, perf.as_raw_fd() as u32, BPF_PERF_EVENT, 0)
-            .map_err(|e| event("attach to", e))?;
+        let link =
+            sys::link_create(program, perf.as_raw_fd() as u32, BPF_PERF_EVENT, 0).map_err(|e| event("attach to", e))?;
         pin_over(link.as_fd(), &pin).map_err(|e| event("pin the link to", e))
+    }
+
+    /// The program that watches cgroups being made on this kernel.
+    fn watch_of_cgroups(&self) -> Result<&'static str, Error> {
+        match self.features.cgroup_made {
+            MadeBy::Event => Ok(CGROUP_MADE),
+            MadeBy::Types => Ok(CGROUP_MADE_BY_TYPE),
+            MadeBy::Nothing => {
+                let what = "programs may not read the kernel's memory here (lockdown=confidentiality), or it tells no types (BTF)";
+                Err(Error::sys(what, std::io::ErrorKind::Unsupported.into()))
+            }
+        }
     }
 
     /// Takes a hook away: [`EGRESS`] or [`INGRESS`], while nothing in force needs it, so nothing is left that it would
@@ -201,8 +221,10 @@ impl Datapath {
         }
         let pin = self.dir.join(format!("link-{CGROUP_MADE}"));
         let link = sys::get(&pin).map_err(|e| Error::sys(format!("open {}", pin.display()), e))?;
-        let info = sys::program_info(self.program(CGROUP_MADE)?)
-            .map_err(|e| Error::sys(format!("read the program {CGROUP_MADE}"), e))?;
+        // Where nothing watches there is nothing to tell of.
+        let Ok(watch) = self.watch_of_cgroups() else { return Ok(states) };
+        let info =
+            sys::program_info(self.program(watch)?).map_err(|e| Error::sys(format!("read the program {watch}"), e))?;
         states.push(LinkState {
             name: CGROUP_MADE.to_owned(),
             // A link to an event has no cgroup; 1 says that it is attached.

@@ -1,10 +1,11 @@
 //! The eBPF object: its maps, opened from their pins or made, and its programs, checked by this kernel's verifier.
 
+use super::attach::{CGROUP_MADE, CGROUP_MADE_BY_TYPE};
 use super::btf::Btf;
 use super::security::{self, Instruction};
 use super::{Error, sys};
 use aya::maps::Map;
-use aya::programs::{CgroupSkb, CgroupSock, CgroupSockAddr, Program, SockOps, TracePoint, Xdp};
+use aya::programs::{BtfTracePoint, CgroupSkb, CgroupSock, CgroupSockAddr, Program, SockOps, TracePoint, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use segfw_common::ABI_VERSION;
 use std::collections::BTreeMap;
@@ -50,6 +51,139 @@ pub fn pretend_later_layout() {
     LATER.store(1, Ordering::Relaxed);
 }
 
+/// What this kernel offers to programs beyond what 5.10 has. Each is a constant for the verifier, so that what is not
+/// there is never called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// `bpf_set_retval` in hooks of system calls (5.18): a `reject` reads as ECONNREFUSED and not as EPERM.
+    pub set_retval: bool,
+    /// `bpf_get_netns_cookie` in cgroup_skb programs (6.15 upstream).
+    pub skb_netns: bool,
+    /// How `sock_ops` programs learn which process connects.
+    pub sock_ops_process: ProcessBy,
+    /// How the kernel side learns of a new cgroup.
+    pub cgroup_made: MadeBy,
+}
+
+/// See [`Features::sock_ops_process`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProcessBy {
+    /// Not at all: records of connections that may go name no process.
+    Nothing,
+    /// Helpers (6.18).
+    Helpers,
+    /// The kernel's own `task_struct`.
+    Task,
+}
+
+/// See [`Features::cgroup_made`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MadeBy {
+    /// Not at all: programs may not read the kernel's memory (lockdown), or there is no BTF below 6.1.
+    Nothing,
+    /// The tracepoint (6.1: programs at tracepoints may add to maps).
+    Event,
+    /// The arguments of the tracepoint, by the kernel's own types.
+    Types,
+}
+
+/// Fields of the kernel that programs read where there is no helper: constant of the object, structure, field, bytes.
+pub(super) const FIELDS: [(&str, &str, &str, u32); 6] = [
+    ("TASK_TGID", "task_struct", "tgid", 4),
+    ("TASK_COMM", "task_struct", "comm", 16),
+    ("CGROUP_ROOT", "cgroup", "root", 8),
+    ("CGROUP_KN", "cgroup", "kn", 8),
+    ("ROOT_HIERARCHY", "cgroup_root", "hierarchy_id", 4),
+    ("KN_ID", "kernfs_node", "id", 8),
+];
+
+impl Features {
+    /// Asks this kernel.
+    pub fn probe() -> Self {
+        use sys::{FN_GET_CURRENT_COMM, FN_GET_CURRENT_PID_TGID, FN_GET_CURRENT_TASK, FN_GET_NETNS_COOKIE};
+        raise_memlock();
+        let sock_ops = |helpers: &[i32]| sys::has_helpers(sys::PROG_TYPE_SOCK_OPS, helpers);
+        let types = std::path::Path::new("/sys/kernel/btf/vmlinux").exists();
+        Self {
+            set_retval: kernel_at_least(5, 18),
+            skb_netns: sys::has_helpers(sys::PROG_TYPE_CGROUP_SKB, &[FN_GET_NETNS_COOKIE]),
+            sock_ops_process: if sock_ops(&[FN_GET_CURRENT_PID_TGID, FN_GET_CURRENT_COMM]) {
+                ProcessBy::Helpers
+            } else if types && sock_ops(&[FN_GET_CURRENT_TASK, sys::FN_PROBE_READ_KERNEL]) {
+                ProcessBy::Task
+            } else {
+                ProcessBy::Nothing
+            },
+            cgroup_made: if !sys::has_helpers(sys::PROG_TYPE_TRACEPOINT, &[sys::FN_PROBE_READ_KERNEL]) {
+                MadeBy::Nothing
+            } else if kernel_at_least(6, 1) {
+                MadeBy::Event
+            } else if types {
+                MadeBy::Types
+            } else {
+                MadeBy::Nothing
+            },
+        }
+    }
+
+    /// The constants of the object.
+    fn globals(self) -> Vec<(&'static str, u32)> {
+        let by = match self.sock_ops_process {
+            ProcessBy::Nothing => 0,
+            ProcessBy::Helpers => 1,
+            ProcessBy::Task => 2,
+        };
+        let mut globals = vec![
+            ("HAS_SET_RETVAL", u32::from(self.set_retval)),
+            ("HAS_SKB_NETNS", u32::from(self.skb_netns)),
+            ("SOCK_OPS_PROCESS", by),
+        ];
+        // Some five megabytes, so only where something rests on it.
+        if (self.sock_ops_process == ProcessBy::Task || self.cgroup_made == MadeBy::Types)
+            && let Ok(btf) = Btf::of_kernel()
+        {
+            let offset = |(constant, structure, field, size)| Some((constant, btf.offset(structure, &[field], size)?));
+            globals.extend(FIELDS.into_iter().filter_map(offset));
+        }
+        globals
+    }
+
+    /// Whether a program of the object is used here.
+    fn uses(self, program: &str) -> bool {
+        match program {
+            CGROUP_MADE => self.cgroup_made == MadeBy::Event,
+            CGROUP_MADE_BY_TYPE => self.cgroup_made == MadeBy::Types,
+            _ => true,
+        }
+    }
+}
+
+fn loader<'a>(globals: &'a [(&'static str, u32)]) -> EbpfLoader<'a> {
+    let mut loader = EbpfLoader::new();
+    for (name, value) in globals {
+        let _ = loader.override_global(name, value, true);
+    }
+    loader
+}
+
+/// Loads each program by itself, with maps that nobody else has, and says what the verifier said of it. For tests of kernels.
+#[doc(hidden)]
+pub fn verify(features: Features) -> Result<Vec<(String, Result<sys::ProgramInfo, Error>)>, Error> {
+    raise_memlock();
+    let globals = features.globals();
+    let mut ebpf = loader(&globals).load(OBJECT)?;
+    let mut all = Vec::new();
+    let wanted = |name: &str, program: &Program| features.uses(name) && !matches!(program, Program::Lsm(_));
+    for (name, program) in ebpf.programs_mut().filter(|(name, program)| wanted(name, program)) {
+        let loaded = load_program(program)
+            .and_then(|()| Ok(sys::program_info(program.fd()?.as_fd())))
+            .map_err(|source| Error::Program { name: name.to_owned(), source: Box::new(source) })
+            .and_then(|info| info.map_err(|e| Error::sys(format!("read the program {name}"), e)));
+        all.push((name.to_owned(), loaded));
+    }
+    Ok(all)
+}
+
 /// The programs and maps of this build in the kernel. Dropping it detaches nothing: links belong to their pins.
 pub struct Datapath {
     ebpf: Ebpf,
@@ -59,6 +193,8 @@ pub struct Datapath {
     pub(super) checks: Mutex<BTreeMap<&'static str, OwnedFd>>,
     /// Folder of the pins of this layout.
     pub dir: PathBuf,
+    /// What the programs use of this kernel.
+    pub features: Features,
 }
 
 /// Folder of one layout below the pin folder: an agent never opens maps of another layout.
@@ -78,12 +214,9 @@ impl Datapath {
         let dir = layout_dir(pin_dir, abi);
         make_dir(pin_dir)?;
         make_dir(&dir)?;
-        raise_memlock();
-        let retval: u32 = u32::from(kernel_at_least(5, 18));
-        let mut loader = EbpfLoader::new();
-        let skb_netns = u32::from(sys::skb_knows_netns());
-        let _ = loader.override_global("HAS_SET_RETVAL", &retval, true);
-        let _ = loader.override_global("HAS_SKB_NETNS", &skb_netns, true);
+        let features = Features::probe();
+        let globals = features.globals();
+        let mut loader = loader(&globals);
         let layout = Btf::of_kernel().ok().and_then(|btf| security::layout(&btf)).unwrap_or_default();
         let _ = loader.override_global("LAYOUT", &layout, true);
         let softirq_alone = u32::from(!preempt_rt());
@@ -93,7 +226,8 @@ impl Datapath {
         }
         let mut ebpf = loader.load(OBJECT)?;
         // Those of the security checks are loaded when it is known through which door.
-        for (name, program) in ebpf.programs_mut().filter(|(_, p)| !matches!(p, Program::Lsm(_))) {
+        let wanted = |name: &str, program: &Program| features.uses(name) && !matches!(program, Program::Lsm(_));
+        for (name, program) in ebpf.programs_mut().filter(|(name, program)| wanted(name, program)) {
             let name = name.to_owned();
             load_program(program).map_err(|source| Error::Program { name, source: Box::new(source) })?;
         }
@@ -104,12 +238,13 @@ impl Datapath {
             let _ = maps.insert(name, map.ok_or_else(missing)?);
         }
         let sections = ebpf.maps().filter_map(|(name, map)| match map {
-            Map::Array(data) => Some((name.to_owned(), data.fd().as_fd().as_raw_fd())),
+            // Data sections, and what is not pinned.
+            Map::Array(data) | Map::PerCpuArray(data) => Some((name.to_owned(), data.fd().as_fd().as_raw_fd())),
             _ => None,
         });
         let pinned = maps.iter().map(|(name, map)| ((*name).to_owned(), map.as_raw_fd()));
         let security = security::instructions(OBJECT, &sections.chain(pinned).collect())?;
-        Ok(Self { ebpf, maps, security, checks: Mutex::default(), dir })
+        Ok(Self { ebpf, maps, security, checks: Mutex::default(), dir, features })
     }
 
     /// A map by name.
@@ -157,6 +292,10 @@ fn load_program(program: &mut Program) -> Result<(), aya::programs::ProgramError
     }
     if let Ok(p) = <&mut TracePoint>::try_from(&mut *program) {
         return p.load();
+    }
+    if let Ok(p) = <&mut BtfTracePoint>::try_from(&mut *program) {
+        let btf = aya::Btf::from_sys_fs()?;
+        return p.load("cgroup_mkdir", &btf);
     }
     <&mut Xdp>::try_from(program)?.load()
 }

@@ -284,7 +284,10 @@ pub(super) fn instructions(
     let mut object = aya_obj::Object::parse(object).map_err(|e| broken(e.to_string()))?;
     let sections = object.functions.keys().map(|(section, _)| *section).collect();
     let own = std::mem::take(&mut object.maps);
-    let known = own.iter().filter_map(|(name, map)| Some((name.as_str(), *maps.get(name)?, map)));
+    if let Some(unknown) = own.keys().find(|name| !maps.contains_key(*name)) {
+        return Err(Error::Missing { kind: "map", name: unknown.clone() });
+    }
+    let known = own.iter().map(|(name, map)| (name.as_str(), maps.get(name).copied().unwrap_or(-1), map));
     object.relocate_maps(known, &sections).map_err(|e| broken(e.to_string()))?;
     object.relocate_calls(&sections).map_err(|e| broken(e.to_string()))?;
     let mut all = BTreeMap::new();

@@ -275,6 +275,12 @@ pub fn get(at: &Path) -> io::Result<Option<OwnedFd>> {
     }
 }
 
+/// Attaches a program to the event that it was loaded for (`BPF_RAW_TRACEPOINT_OPEN`).
+pub fn event_link_create(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const BPF_RAW_TRACEPOINT_OPEN: u32 = 17;
+    Attr::new().u32(8, fd(program)).call_fd(BPF_RAW_TRACEPOINT_OPEN)
+}
+
 /// Attaches a program: to a cgroup (target = its folder) or an interface (target = its index).
 pub fn link_create(program: BorrowedFd<'_>, target: u32, attach_type: u32, flags: u32) -> io::Result<OwnedFd> {
     Attr::new().u32(0, fd(program)).u32(4, target).u32(8, attach_type).u32(12, flags).call_fd(BPF_LINK_CREATE)
@@ -435,16 +441,56 @@ pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
     Ok(MapInfo { id: word(&raw, 4), max_entries: word(&raw, 16) })
 }
 
-/// Whether this kernel's cgroup_skb programs may ask for the cookie of a packet's network namespace. Asked of the verifier
-/// and not of the version: the helper came late to this program type.
-pub fn skb_knows_netns() -> bool {
+/// Program types (`enum bpf_prog_type`) that [`has_helpers`] is asked about.
+pub const PROG_TYPE_CGROUP_SKB: u32 = 8;
+/// See [`PROG_TYPE_CGROUP_SKB`].
+pub const PROG_TYPE_SOCK_OPS: u32 = 13;
+/// See [`PROG_TYPE_CGROUP_SKB`].
+pub const PROG_TYPE_TRACEPOINT: u32 = 5;
+/// `bpf_get_current_pid_tgid`.
+pub const FN_GET_CURRENT_PID_TGID: i32 = 14;
+/// `bpf_get_current_comm`.
+pub const FN_GET_CURRENT_COMM: i32 = 16;
+/// `bpf_get_current_task`.
+pub const FN_GET_CURRENT_TASK: i32 = 35;
+/// `bpf_probe_read_kernel`.
+pub const FN_PROBE_READ_KERNEL: i32 = 113;
+/// `bpf_get_netns_cookie`.
+pub const FN_GET_NETNS_COOKIE: i32 = 122;
+
+/// Whether programs of a type may call these helpers here. Asked of the verifier and not of the version: helpers came to
+/// each type at another time, distributions bring them to older kernels, and lockdown takes some away.
+pub fn has_helpers(program_type: u32, helpers: &[i32]) -> bool {
     const BPF_PROG_LOAD: u32 = 5;
-    const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
-    // call bpf_get_netns_cookie; r0 = 1; exit (struct bpf_insn).
-    let code: [[u8; 8]; 3] = [[0x85, 0, 0, 0, 122, 0, 0, 0], [0xb7, 0, 0, 0, 1, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+    let mut code: Vec<[u8; 8]> = Vec::new();
+    let mut push = |op: u8, registers: u8, offset: i16, value: i32| {
+        let [o0, o1] = offset.to_ne_bytes();
+        let [v0, v1, v2, v3] = value.to_ne_bytes();
+        code.push([op, registers, o0, o1, v0, v1, v2, v3]);
+    };
+    // r6 = the context.
+    push(0xbf, 0x16, 0, 0);
+    for helper in helpers {
+        match *helper {
+            // (context)
+            FN_GET_NETNS_COOKIE => push(0xbf, 0x61, 0, 0),
+            // (16 bytes of the stack, their number, any address)
+            FN_GET_CURRENT_COMM | FN_PROBE_READ_KERNEL => {
+                push(0xbf, 0xa1, 0, 0);
+                push(0x07, 0x01, 0, -16);
+                push(0xb7, 0x02, 0, 16);
+                push(0xb7, 0x03, 0, 0);
+            }
+            _ => {}
+        }
+        push(0x85, 0, 0, *helper);
+    }
+    // return 1
+    push(0xb7, 0, 0, 1);
+    push(0x95, 0, 0, 0);
     let license = c"GPL";
     let mut attr = Attr::new()
-        .u32(0, BPF_PROG_TYPE_CGROUP_SKB)
+        .u32(0, program_type)
         .u32(4, code.len() as u32)
         .u64(8, code.as_ptr() as u64)
         .u64(16, license.as_ptr() as u64);
