@@ -96,6 +96,7 @@ impl Core {
             repaired: 0,
             canary: None,
             containers_left_out: 0,
+            last_sweep: None,
             looked: 0,
         };
         // What an earlier agent registered is what the kernel holds.
