@@ -57,9 +57,11 @@ const FOLDER_LOOK: Duration = Duration::from_millis(200);
 const SURVEY: Duration = Duration::from_secs(8);
 /// After a change of the cgroup tree namespaces and addresses follow shortly; they are looked at again so long after.
 const SURVEY_SOON: Duration = Duration::from_millis(300);
-/// How often the kernel is asked whether all is as we left it; less often where that takes more than a hundredth of the
-/// time, but [`GUARD_LATEST`] at the latest.
+/// How often the kernel is asked whether all is as we left it; less often where that takes more than a [`GUARD_SHARE`]th of
+/// the time, but [`GUARD_LATEST`] at the latest.
 const GUARD: Duration = Duration::from_secs(2);
+/// See [`GUARD`]: an idle agent takes less than a thousandth of a core, and this is half of it.
+const GUARD_SHARE: u32 = 2000;
 /// See [`GUARD`].
 const GUARD_LATEST: Duration = Duration::from_secs(8);
 /// While a cgroup waits to be told by a runtime: how soon it is asked again, twice as long each time, up to [`SURVEY`].
@@ -132,6 +134,8 @@ pub struct Core {
     listeners: BTreeSet<u64>,
     /// Containers and labels that a runtime told of and that were above a limit.
     containers_left_out: u64,
+    /// The last one that was whole; `None` = the next survey sweeps in any case.
+    last_sweep: Option<survey::Sweep>,
     /// Boot time before which every answer that changes by itself was looked at.
     looked: u64,
 }
@@ -280,7 +284,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
                 let agent = Arc::clone(&agent);
                 let begun = tokio::time::Instant::now();
                 on_thread(move || agent.core().guard()).await;
-                guard_at = begun + (begun.elapsed() * 100).clamp(GUARD, GUARD_LATEST);
+                guard_at = begun + (begun.elapsed() * GUARD_SHARE).clamp(GUARD, GUARD_LATEST);
             }
             () = tokio::time::sleep_until(survey_at) => {
                 let agent = Arc::clone(&agent);

@@ -524,11 +524,15 @@ fn unattended(error: &CliError, pin_dir: Option<PathBuf>, output: Output) -> Res
 }
 
 /// The agent gets all threads, a question needs one.
+/// Threads of the agent's event loop: the drain of events and everything else. tokio's own choice is one per CPU.
+const WORKERS: usize = 2;
+
 fn runtime(many: bool) -> Result<tokio::runtime::Runtime, CliError> {
     let mut builder = match many {
         true => tokio::runtime::Builder::new_multi_thread(),
         false => tokio::runtime::Builder::new_current_thread(),
     };
+    let _ = builder.worker_threads(WORKERS);
     Ok(builder.enable_all().build()?)
 }
 

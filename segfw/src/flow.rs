@@ -2,7 +2,7 @@
 //! `spool`: no file, no socket, no kernel; a number it has no name for stays visible as a number.
 //!
 //! `decode` (bytes → event) → `sequence` (what is missing) → `record` (event → [`Record`]) → `history` (kept, followed)
-//! and `spool` (on disk) → `query` (which of them) → `render` and `export` (as text). `intake` does the first four for the
+//! and `spool` (on disk) → `query` (which of them) → `render` and `export` (as text; `line` is the spool's own). `intake` does the first four for the
 //! agent's main loop.
 
 pub mod coded;
@@ -11,6 +11,7 @@ pub mod export;
 pub mod fuzz;
 pub mod history;
 pub mod intake;
+pub mod line;
 pub mod query;
 pub mod record;
 pub mod render;

@@ -151,6 +151,8 @@ impl Core {
             Some(why) => tracing::error!("somebody changed {what}: {found}; it could not be mended: {why}"),
         }
         self.repaired += 1;
+        // Connections may have been made past the hooks.
+        self.last_sweep = None;
         if self.repairs.len() == REPAIRS_KEPT {
             let _ = self.repairs.pop_front();
         }

@@ -189,7 +189,7 @@ pub fn endpoints(
     let mut diag = Diag::open(namespace)?;
     for protocol in [Sock::TCP, Sock::UDP, Sock::UDPLITE] {
         for v6 in [false, true] {
-            let socks = match diag.inet(v6, protocol) {
+            let socks = match if protocol == Sock::TCP { diag.listeners(v6) } else { diag.inet(v6, protocol) } {
                 Ok(socks) => socks,
                 // A protocol this kernel does not have has no sockets.
                 Err(_) if protocol == Sock::UDPLITE => continue,

@@ -100,6 +100,7 @@ impl Core {
             tcp_by_conn: false,
             listeners: BTreeSet::new(),
             containers_left_out: 0,
+            last_sweep: None,
             looked: 0,
         };
         // What an earlier agent registered is what the kernel holds.

@@ -30,6 +30,8 @@ use write::Writer;
 /// cost little, since memory has them anyway: less than [`super::history::RECORDS`] by more than a batch holds, so that
 /// what is not written yet is always in memory too.
 pub const WAITING: usize = super::history::RECORDS - (1 << 12);
+/// Items that are taken from the queue before the clock is asked.
+const TOGETHER: usize = 256;
 /// What has waited so long is written. No fsync: a crash of the machine may cost what the kernel had not written back.
 pub const FLUSH: Duration = Duration::from_secs(1);
 /// Bytes that are written together at most, but for one longer line.
@@ -201,12 +203,26 @@ impl Spool {
                 let wait = due.map_or(FLUSH, |due| due.saturating_duration_since(Instant::now()));
                 match waiting.recv_timeout(wait) {
                     Ok(Order::Item(item)) => {
-                        let _ = due.get_or_insert_with(|| Instant::now() + FLUSH);
                         writer.take(&item);
+                        let mut asked = None;
+                        for _ in 0..TOGETHER {
+                            match waiting.try_recv() {
+                                Ok(Order::Item(item)) => writer.take(&item),
+                                Ok(Order::Flush(done)) => {
+                                    asked = Some(done);
+                                    break;
+                                }
+                                Err(_) => break,
+                            }
+                        }
                         // Not only when the queue is empty: under a flood it never is.
-                        if due.is_some_and(|due| due <= Instant::now()) {
+                        let now = Instant::now();
+                        if asked.is_some() || *due.get_or_insert(now + FLUSH) <= now {
                             writer.flush();
                             due = None;
+                        }
+                        if let Some(done) = asked {
+                            let _ = done.try_send(());
                         }
                     }
                     Ok(Order::Flush(done)) => {

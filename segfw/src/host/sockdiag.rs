@@ -369,8 +369,19 @@ impl Diag {
 
     /// Internet sockets of one family and protocol, in every state.
     pub fn inet(&mut self, v6: bool, protocol: u16) -> Result<Vec<Sock>, Error> {
+        self.inet_in(v6, protocol, u32::MAX)
+    }
+
+    /// TCP sockets of one family that listen: the kernel then leaves out its table of connections, which has hundreds of
+    /// thousands of places to look at however few are taken.
+    pub fn listeners(&mut self, v6: bool) -> Result<Vec<Sock>, Error> {
+        self.inet_in(v6, Sock::TCP, 1 << LISTEN)
+    }
+
+    fn inet_in(&mut self, v6: bool, protocol: u16, states: u32) -> Result<Vec<Sock>, Error> {
         let what = What::Inet { v6, protocol };
-        let request = inet_request(v6, protocol, 0, &[0; SOCKET_ID]);
+        let mut request = inet_request(v6, protocol, 0, &[0; SOCKET_ID]);
+        request[STATES..STATES + 4].copy_from_slice(&states.to_ne_bytes());
         let mut found = Vec::new();
         self.dump(what, &request, |message| {
             if found.len() >= MAX_SOCKETS {
@@ -647,6 +658,11 @@ fn parse_vsock(message: &[u8]) -> Result<VsockSock, Error> {
 
 /// `struct inet_diag_req_v2`, or `inet_diag_req_raw` with the protocol a raw socket was opened for. Protocols above 255
 /// go as an attribute behind it (5.9).
+/// Where a request says which states it asks for: one bit per TCP state.
+const STATES: usize = 4;
+/// `TCP_LISTEN` (include/net/tcp_states.h).
+const LISTEN: u32 = 10;
+
 fn inet_request(v6: bool, protocol: u16, raw_protocol: u8, id: &[u8; SOCKET_ID]) -> Vec<u8> {
     let mut out = Vec::with_capacity(INET_REQUEST + 8);
     let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };

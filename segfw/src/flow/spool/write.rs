@@ -3,6 +3,7 @@
 use super::files::{self, Named};
 use super::{BATCH_BYTES, Counts, Missing, Newest, Place, lock};
 use crate::flow::Text;
+use crate::flow::line::Lines;
 use crate::flow::record::Item;
 use jiff::Timestamp;
 use std::collections::{BTreeMap, VecDeque};
@@ -24,6 +25,7 @@ pub(super) struct Writer {
     overflow: Arc<Mutex<Missing>>,
     /// What is to be told by the next loss mark.
     missing: Missing,
+    lines: Lines,
     /// Lines that wait.
     batch: Vec<u8>,
     /// What would be missing if the batch were.
@@ -39,7 +41,7 @@ impl Writer {
     pub(super) fn new(place: Place, host: Text, counts: Arc<Counts>, overflow: Arc<Mutex<Missing>>) -> Self {
         let (missing, in_batch) = (Missing::default(), Missing::default());
         let (open, files) = (None, VecDeque::new());
-        Self { place, host, counts, overflow, missing, batch: Vec::new(), in_batch, open, files, next: 0 }
+        Self { place, host, counts, overflow, missing, lines: Lines::default(), batch: Vec::new(), in_batch, open, files, next: 0 }
     }
 
     /// Takes over what is there. Returns where each CPU's numbers ended.
@@ -57,10 +59,7 @@ impl Writer {
 
     /// One more line of the batch.
     pub(super) fn take(&mut self, item: &Item) {
-        // Plain structs with text keys: serde_json has nothing to refuse here.
-        if serde_json::to_writer(&mut self.batch, item).is_ok() {
-            self.batch.push(b'\n');
-        }
+        self.lines.write(item, &mut self.batch);
         self.in_batch.add(item);
         if self.batch.len() >= BATCH_BYTES.min(self.place.file_bytes as usize / 2) {
             self.flush();
