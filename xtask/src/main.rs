@@ -78,8 +78,13 @@ fn bench(args: &[String]) -> Result<()> {
     }
     // Not `say`: stdout is the result.
     eprintln!("xtask: building, release");
-    run(cargo().args(["build", "--quiet", "--release", "--package", "segfw-tests", "--bin", "segfw-bench-loopback"]))?;
-    run(Command::new(target().join("release/segfw-bench-loopback")).args(args))
+    run(cargo().args(["build", "--quiet", "--release", "--package", "segfw", "--package", "segfw-tests"]).args([
+        "--bin",
+        "segfw",
+        "--bin",
+        "segfw-bench",
+    ]))?;
+    run(Command::new(target().join("release/segfw-bench")).args(args).current_dir(root()))
 }
 
 /// The repository, wherever cargo was started.
