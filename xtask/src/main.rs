@@ -6,6 +6,7 @@ mod clean;
 mod dist;
 mod setup;
 mod totals;
+mod vm;
 
 use anyhow::{Context, Result, bail};
 use std::ffi::OsStr;
@@ -23,6 +24,7 @@ cargo xtask COMMAND
   lint    Formatting, clippy on every crate, licences and sources of all dependencies
   ci      lint, then test
   dist    Packages into target/dist: deb, rpm, tarball, OCI image, SBOM, SHA256SUMS (--profile dev, --only KIND)
+  vm      Debian's kernels under QEMU: `cargo xtask vm help`
   clean   Remove what interrupted test runs left in the kernel, then run cargo clean (target/tools stays)
 
 `demo` and `test` run `setup` by themselves. Words after `--` go to the system tests:
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         "lint" => setup::build_tools().and_then(|()| checks::lint()),
         "ci" => setup::run().and_then(|()| checks::lint()).and_then(|()| totals::test(&[])),
         "dist" => setup::build_tools().and_then(|()| dist::run_all(rest)),
+        "vm" => vm::run(rest),
         "clean" => clean::run(),
         "help" | "-h" | "--help" => {
             println!("{HELP}");
