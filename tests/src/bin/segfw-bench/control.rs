@@ -10,6 +10,7 @@ use segfw::agent::revision;
 use segfw::datapath::{Datapath, load, sys};
 use segfw::policy::compile::compile;
 use segfw::policy::document::Document;
+use segfw::policy::host_policy::Labels;
 use segfw::policy::tables::Numbers;
 use segfw::policy::{HostSettings, Inventory, Known, Tables};
 use segfw_common::{ABI_VERSION, CgroupEntry, Identity, bounds};
@@ -44,7 +45,7 @@ pub(crate) fn compile_rules(options: &Options, results: &mut Results) -> Result<
         let mut entries = 0;
         for _ in 0..options.few() {
             let begun = Instant::now();
-            let (parsed, resolved, tables) = build(&files, here)?;
+            let Built { parsed, resolved, tables, .. } = build(&files, here)?;
             let all = begun.elapsed();
             entries = tables.rules.len();
             // As many rules as asked for are in the tables, or they would be compiled to nothing.
@@ -104,9 +105,18 @@ fn by_label(n: u32) -> Vec<(String, String)> {
     files
 }
 
-/// What `agent::revision::build` does with files, step by step: when it was parsed, when it was resolved, and the tables.
-/// The first `here` workloads are of this host.
-fn build(files: &[(String, String)], here: usize) -> Result<(Instant, Instant, Tables)> {
+/// Files as tables, with what is needed to use them.
+pub(crate) struct Built {
+    parsed: Instant,
+    resolved: Instant,
+    pub(crate) tables: Tables,
+    pub(crate) numbers: Numbers,
+    /// Label sets of the workloads of this host, in the order of their documents.
+    pub(crate) local: Vec<Labels>,
+}
+
+/// What `agent::revision::build` does with files, step by step. The first `here` workloads are of this host.
+pub(crate) fn build(files: &[(String, String)], here: usize) -> Result<Built> {
     let (documents, problems) = segfw::policy::parse(files);
     ensure!(problems.is_empty(), "{problems:?}");
     let parsed = Instant::now();
@@ -121,15 +131,15 @@ fn build(files: &[(String, String)], here: usize) -> Result<(Instant, Instant, T
             labels: w.labels.clone(),
         })
         .collect();
-    let sets: Vec<_> = known.iter().map(|k| k.labels.clone()).collect();
-    let (local, remote) = sets.split_at(here.min(sets.len()));
+    let mut local: Vec<_> = known.iter().map(|k| k.labels.clone()).collect();
+    let remote = local.split_off(here.min(local.len()));
     let clock = revision::clock()?;
     let inventory = Inventory { workloads: known };
     let (policy, _) = segfw::policy::resolve(&documents, &inventory, &HostSettings { monitor: false }, clock.wall);
     let resolved = Instant::now();
-    let tables =
-        compile(&policy, local, remote, &mut Numbers::default(), clock).map_err(|p| anyhow::anyhow!("{p:?}"))?;
-    Ok((parsed, resolved, tables))
+    let mut numbers = Numbers::default();
+    let tables = compile(&policy, &local, &remote, &mut numbers, clock).map_err(|p| anyhow::anyhow!("{p:?}"))?;
+    Ok(Built { parsed, resolved, tables, numbers, local })
 }
 
 /// Tables into the kernel: filled, frozen, read back, compared, switched.
@@ -140,7 +150,7 @@ pub(crate) fn publish(options: &Options, results: &mut Results) -> Result<()> {
     for (_, text) in &mut files {
         *text = text.replace(CGROUP, "/bench");
     }
-    let (_, _, tables) = build(&files, 2)?;
+    let tables = build(&files, 2)?.tables;
     ensure!(tables.rules.len() >= n as usize, "{} entries", tables.rules.len());
     let scratch = Scratch::new()?;
     let datapath = Datapath::load(scratch.pins())?;

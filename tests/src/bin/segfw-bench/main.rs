@@ -5,9 +5,11 @@
 
 mod control;
 mod flows;
+mod peers;
 mod result;
 mod rules;
 mod stage;
+mod traffic;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -17,7 +19,18 @@ use std::path::PathBuf;
 use std::process::Command;
 
 const HELP: &str = "\
-segfw-bench [--quick] [--only WORK[,WORK]] [--rounds N] [--out DIR]";
+cargo xtask bench [--quick] [--only WORK,..] [--peers PEER,..] [--places loopback,veth] [--sizes N,..] [--rounds N]
+                  [--instructions] [--out DIR]
+
+  --quick          small and short: to see that it works, not to publish
+  --only           compile, publish, change, start, memory, sweep, rate, agent-cpu (the agent);
+                   rr, crr, udp, stream, syn-flood, udp-flood (traffic, side by side)
+  --peers          none-again, nftables, iptables-legacy, iptables-legacy-ipset, iptables-nft, iptables-nft-ipset,
+                   empty-cgroup-skb, segfw-skb, segfw-skb-quiet, segfw-skb-xdp, segfw-conn, segfw-conn-quiet
+  --sizes          rules in the policy (10,1000,10000,100000)
+  --rounds         turns of each peer (21), and repetitions of what takes seconds (7)
+  --instructions   what the clock says is instructions: in a guest under -icount shift=0
+  --out            where bench.json goes (target/bench)";
 
 /// What was asked for.
 pub(crate) struct Options {
@@ -25,28 +38,78 @@ pub(crate) struct Options {
     pub(crate) quick: bool,
     /// Empty = everything.
     pub(crate) only: Vec<String>,
-    pub(crate) rounds: usize,
+    pub(crate) peers: Vec<peers::Kind>,
+    /// Empty = both.
+    pub(crate) places: Vec<String>,
+    sizes: Vec<u32>,
+    /// 0 = as many as usual.
+    rounds: usize,
+    /// The clock counts instructions.
+    pub(crate) instructions: bool,
     pub(crate) out: PathBuf,
 }
 
 impl Options {
     fn parse() -> Result<Self> {
-        let mut options = Self { quick: false, only: Vec::new(), rounds: 0, out: "target/bench".into() };
+        let mut options = Self {
+            quick: false,
+            only: Vec::new(),
+            peers: Vec::new(),
+            places: Vec::new(),
+            sizes: Vec::new(),
+            rounds: 0,
+            instructions: false,
+            out: "target/bench".into(),
+        };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
             let mut value = || args.next().with_context(|| format!("{arg} needs a value\n{HELP}"));
             match arg.as_str() {
                 "--quick" => options.quick = true,
                 "--only" => options.only = value()?.split(',').map(str::to_owned).collect(),
+                "--peers" => {
+                    let kind =
+                        |name: &str| peers::Kind::by_name(name).with_context(|| format!("no peer {name}\n{HELP}"));
+                    options.peers = value()?.split(',').map(kind).collect::<Result<_>>()?;
+                }
+                "--places" => options.places = value()?.split(',').map(str::to_owned).collect(),
+                "--sizes" => options.sizes = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
+                "--instructions" => options.instructions = true,
                 "--rounds" => options.rounds = value()?.parse()?,
                 "--out" => options.out = value()?.into(),
                 other => bail!("unknown option {other}\n{HELP}"),
             }
         }
         for work in &options.only {
-            ensure!(WORKS.iter().any(|(name, _)| name == work), "there is no work {work}\n{HELP}");
+            ensure!(
+                WORKS.iter().map(|(name, _)| *name).chain(traffic::names()).any(|name| name == work),
+                "there is no work {work}\n{HELP}"
+            );
         }
         Ok(options)
+    }
+
+    /// Whether this work was asked for.
+    pub(crate) fn wants(&self, work: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|o| o == work)
+    }
+
+    /// Rules of the policies that traffic meets.
+    pub(crate) fn sizes(&self) -> Vec<u32> {
+        match &self.sizes[..] {
+            [] if self.quick => vec![10, 1_000],
+            [] => vec![10, 1_000, 10_000, 100_000],
+            given => given.to_vec(),
+        }
+    }
+
+    /// Turns of each peer.
+    pub(crate) fn turns(&self) -> usize {
+        match self.rounds {
+            0 if self.quick || self.instructions => 5,
+            0 => 21,
+            n => n,
+        }
     }
 
     /// Rules of a large policy.
@@ -84,7 +147,7 @@ fn main() -> Result<()> {
     alone()?;
     let mut results = Results::default();
     for (name, work) in WORKS {
-        if !options.only.is_empty() && !options.only.iter().any(|o| o == name) {
+        if !options.wants(name) {
             continue;
         }
         eprintln!("{name}");
@@ -92,6 +155,10 @@ fn main() -> Result<()> {
             eprintln!("  FAILED {name}: {error:#}");
             results.failed.push(format!("{name}: {error:#}"));
         }
+    }
+    if let Err(error) = traffic::run(&options, &mut results) {
+        eprintln!("  FAILED traffic: {error:#}");
+        results.failed.push(format!("traffic: {error:#}"));
     }
     std::fs::create_dir_all(&options.out).with_context(|| options.out.display().to_string())?;
     let path = options.out.join("bench.json");

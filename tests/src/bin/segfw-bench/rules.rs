@@ -63,3 +63,16 @@ pub(crate) fn access(ports: &[u16]) -> String {
     }
     text
 }
+
+/// First and last of the UDP ports on which the client may reach the server.
+pub(crate) const UDP: (u16, u16) = (6_000, 6_063);
+
+/// What timed traffic needs: one TCP port, and the UDP ports.
+pub(crate) fn traffic(quiet: bool) -> String {
+    let log = if quiet { "none" } else { "new" };
+    let (first, last) = UDP;
+    format!(
+        "apiVersion: segfw.dev/v1\nkind: Policy\nmetadata: {{name: traffic}}\nspec:\n  tier: application\n  rules:\n    \
+         - {{name: traffic, from: [cli], to: [srv], ports: [tcp/{OPEN}, udp/{first}-{last}], action: allow, log: {log}}}\n"
+    )
+}

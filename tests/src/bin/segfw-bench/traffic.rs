@@ -1,274 +1,509 @@
-//! `cargo xtask bench`: what segfw costs where nothing else costs anything, on the loopback device.
+//! The data path, side by side: every peer carries the same traffic, in turns.
 //!
-//! One thread is client and server, on one CPU: a request and its response are a handful of function calls in the
-//! kernel, so the ratio shown here is the worst case of any network. Rounds with and without segfw take turns. CPU time
-//! is that of this process; a kernel that accounts softirqs apart (`CONFIG_IRQ_TIME_ACCOUNTING`) leaves the receiving
-//! half out of it. Wall time has all of it, and on an idle machine nothing else: there the minima count. Events are read
-//! between the rounds, not in them. JSON goes to stdout.
-#![allow(clippy::print_stdout, reason = "a command-line tool")]
+//! One thread is client and server, on one CPU: a request and its response are a handful of function calls in the kernel,
+//! so a ratio here is the worst case of any network. CPU time is that of this process; a kernel that accounts softirqs
+//! apart (`CONFIG_IRQ_TIME_ACCOUNTING`) leaves the receiving half out of it. Wall time has all of it.
 
+use crate::Options;
+use crate::peers::{CLIENT_IF, Kind, Peer, Place, SERVER_IF, enter_net};
+use crate::result::{Absent, Cost, Results, Spread};
+use crate::rules::{OPEN, SHUT, UDP};
 use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{UsageWho, getrusage};
-use segfw::datapath::attach::HOOKS;
-use segfw::datapath::{Datapath, sys};
-use segfw::policy::compile::testing::{labels, rule, segment};
-use segfw::policy::compile::{Clock, compile};
-use segfw::policy::host_policy::HostPolicy;
-use segfw::policy::tables::Numbers;
-use segfw_common::{CgroupEntry, Identity};
-use segfw_tests::scratch::{self, Scratch, cgroup_id, enter};
-use serde_json::json;
-use std::fs::File;
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrIn, sockopt};
+use segfw_tests::scratch::{enter, own_cgroup};
+use std::collections::BTreeMap;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::path::PathBuf;
-use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-const PORT: u16 = 5432;
-const EXCHANGES: u32 = 20_000;
-const CONNECTIONS: u32 = 2_000;
+/// One work with one peer takes about so long in one round.
+const TURN: Duration = Duration::from_millis(150);
+/// The same where instructions are counted: an emulated CPU is slow, and every count is the same.
+const COUNTED: u32 = 200;
+/// A probe that has no answer by then was refused.
+const PATIENCE: Duration = Duration::from_millis(200);
+/// Bytes that one operation of the stream moves.
+const CHUNK: usize = 64 << 10;
+/// Frames of a flood that are handed over in one call.
+const BURST: usize = 64;
 
-/// What is attached during a round.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Setup {
-    Without,
-    /// One program of two instructions at `cgroup_skb/ingress`: the least that any such firewall costs.
-    EmptyHook,
-    Segfw,
-}
-
-const SETUPS: [Setup; 3] = [Setup::Without, Setup::EmptyHook, Setup::Segfw];
-
-impl Setup {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Without => "without",
-            Self::EmptyHook => "empty_cgroup_skb",
-            Self::Segfw => "segfw",
-        }
-    }
-}
-
-/// Nanoseconds for one exchange or connection.
+/// Nanoseconds for one operation.
 #[derive(Clone, Copy, Debug)]
-struct Cost {
+struct Measured {
     cpu: f64,
     wall: f64,
 }
 
-fn main() -> Result<()> {
-    let mut rounds = 16usize;
-    let mut args = std::env::args().skip(1);
-    while let Some(arg) = args.next() {
-        match arg.as_str() {
-            "--rounds" => rounds = args.next().context("--rounds needs a number")?.parse()?,
-            _ => bail!("unknown option {arg}; there is --rounds N"),
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Work {
+    Exchange,
+    Connection,
+    Udp,
+    Stream,
+    SynFlood,
+    UdpFlood,
+}
+
+impl Work {
+    const ALL: [Self; 6] = [Self::Exchange, Self::Connection, Self::Udp, Self::Stream, Self::SynFlood, Self::UdpFlood];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Exchange => "rr",
+            Self::Connection => "crr",
+            Self::Udp => "udp",
+            Self::Stream => "stream",
+            Self::SynFlood => "syn-flood",
+            Self::UdpFlood => "udp-flood",
         }
     }
-    ensure!(rounds >= 2, "at least two rounds");
-    ensure!(nix::unistd::geteuid().is_root(), "this loads eBPF programs: run it as root");
-    scratch::clean_up_on_signals()?;
-    let _ = scratch::sweep_stale();
-    let mut bench = Bench::new()?;
-    // Not counted: caches, lazily allocated memory.
-    for setup in SETUPS {
-        let _ = bench.round(setup)?;
+
+    fn operation(self) -> &'static str {
+        match self {
+            Self::Exchange => "one byte there and one back on an open TCP connection",
+            Self::Connection => "connect, accept, close",
+            Self::Udp => "a datagram to one of 64 ports, and its answer",
+            Self::Stream => "64 KiB over an open TCP connection",
+            Self::SynFlood => "a SYN from a made-up address to a port that is not open to it",
+            Self::UdpFlood => "a datagram from a made-up address to a port that is not open to it",
+        }
     }
-    let mut costs: Vec<(Setup, Cost, Cost)> = Vec::new();
-    for round in 0..rounds {
+
+    fn is_flood(self) -> bool {
+        matches!(self, Self::SynFlood | Self::UdpFlood)
+    }
+}
+
+/// Names for `--only`.
+pub(crate) fn names() -> impl Iterator<Item = &'static str> {
+    Work::ALL.into_iter().map(Work::name)
+}
+
+/// All peers, all works, all sizes.
+pub(crate) fn run(options: &Options, results: &mut Results) -> Result<()> {
+    let wanted: Vec<Work> = Work::ALL.into_iter().filter(|w| options.wants(w.name())).collect();
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    crate::pin(0)?;
+    let home = own_cgroup()?;
+    let here = std::fs::File::open("/proc/thread-self/ns/net")?;
+    let mut done = Ok(());
+    for place in [Place::Loopback, Place::Veth] {
+        let works: Vec<Work> = wanted.iter().copied().filter(|w| !w.is_flood() || place == Place::Veth).collect();
+        if works.is_empty() || !options.places.is_empty() && !options.places.iter().any(|p| p == place.name()) {
+            continue;
+        }
+        for rules in options.sizes() {
+            if let Err(error) = one_size(options, results, place, rules, &works) {
+                done = Err(error.context(format!("{}, {rules} rules", place.name())));
+            }
+            enter(&home)?;
+            enter_net(&here)?;
+        }
+    }
+    crate::unpin()?;
+    done
+}
+
+fn one_size(options: &Options, results: &mut Results, place: Place, rules: u32, works: &[Work]) -> Result<()> {
+    let mut peers = Vec::new();
+    for kind in
+        Kind::ALL.into_iter().filter(|k| options.peers.is_empty() || *k == Kind::None || options.peers.contains(k))
+    {
+        let made = Peer::new(kind, place, rules).and_then(|mut peer| {
+            peer.attach()?;
+            let proven = proof(&peer);
+            peer.detach()?;
+            proven.map(|()| peer)
+        });
+        match made {
+            Ok(peer) => peers.push(peer),
+            Err(error) => {
+                let why = format!("{error:#}");
+                eprintln!("  {:<22} {:8} {rules:>6} rules: not measured: {why}", kind.name(), place.name());
+                results.absent.push(Absent {
+                    work: "all".into(),
+                    place: place.name().into(),
+                    peer: kind.name().into(),
+                    rules: rules.into(),
+                    why,
+                });
+            }
+        }
+    }
+    ensure!(peers.first().is_some_and(|p| p.kind == Kind::None), "nothing to compare with");
+    // How many operations fit a turn: the first round is not counted either, caches and lazily allocated memory are in it.
+    let mut counts = BTreeMap::new();
+    for (i, peer) in peers.iter_mut().enumerate() {
+        peer.attach()?;
+        for work in works {
+            let measured = perform(peer, *work, if options.instructions { COUNTED } else { 50 })?;
+            let fit = (TURN.as_nanos() as f64 / measured.wall) as u32;
+            let _ = counts.insert((i, *work), if options.instructions { COUNTED } else { fit.clamp(20, 20_000) });
+        }
+        peer.detach()?;
+    }
+    let mut all: BTreeMap<(Work, usize), Vec<Measured>> = BTreeMap::new();
+    for round in 0..options.turns() {
         // Each order in turn, so that none is always the first.
-        for i in 0..SETUPS.len() {
-            let setup = SETUPS[(i + round) % SETUPS.len()];
-            let (exchange, connection) = bench.round(setup)?;
-            costs.push((setup, exchange, connection));
+        for at in 0..peers.len() {
+            let i = (at + round) % peers.len();
+            peers[i].attach()?;
+            for work in works {
+                let measured = perform(&peers[i], *work, counts[&(i, *work)])?;
+                all.entry((*work, i)).or_default().push(measured);
+            }
+            peers[i].detach()?;
         }
         eprint!(".");
     }
     eprintln!();
-    let judged = bench.judged()?;
-    ensure!(judged >= u64::from(CONNECTIONS) * rounds as u64, "segfw judged {judged} connections only");
-    let result = json!({
-        "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
-        "release_build": !cfg!(debug_assertions),
-        "rounds": rounds,
-        "connections_judged": judged,
-        "request_response": report("request-response, 1 byte each way", EXCHANGES, &costs, |c| c.1),
-        "connect_accept_close": report("connect, accept, close", CONNECTIONS, &costs, |c| c.2),
-    });
-    println!("{}", serde_json::to_string_pretty(&result)?);
+    for work in works {
+        report(results, &peers, *work, rules, &counts, &all)?;
+    }
     Ok(())
 }
 
-type Pick = fn(Cost) -> f64;
-
 fn report(
-    title: &str,
-    operations: u32,
-    costs: &[(Setup, Cost, Cost)],
-    of: fn(&(Setup, Cost, Cost)) -> Cost,
-) -> serde_json::Value {
-    let sorted = |setup: Setup, pick: Pick| {
-        let mut all: Vec<f64> = costs.iter().filter(|c| c.0 == setup).map(|c| pick(of(c))).collect();
-        all.sort_by(f64::total_cmp);
-        all
+    results: &mut Results,
+    peers: &[Peer],
+    work: Work,
+    rules: u32,
+    counts: &BTreeMap<(usize, Work), u32>,
+    all: &BTreeMap<(Work, usize), Vec<Measured>>,
+) -> Result<()> {
+    let spread = |i: usize, pick: fn(&Measured) -> f64| {
+        Spread::of(all[&(work, i)].iter().map(pick).collect()).context("no rounds")
     };
-    let minimum = |all: &[f64]| all[0];
-    let median = |all: &[f64]| (all[(all.len() - 1) / 2] + all[all.len() / 2]) / 2.0;
-    let pick: [(&str, Pick); 2] = [("cpu", |c| c.cpu), ("wall", |c| c.wall)];
-    let mut out = serde_json::Map::new();
-    let _ = out.insert("operations_per_round".into(), operations.into());
-    eprintln!("\n{title}");
-    for (what, pick) in pick {
-        let base = sorted(Setup::Without, pick);
-        for setup in SETUPS {
-            let all = sorted(setup, pick);
-            let ratios = (minimum(&all) / minimum(&base), median(&all) / median(&base));
-            let name = setup.name();
-            eprintln!(
-                "  {what:4} {name:17} min {:8.0} ns ({:.3}x)   median {:8.0} ns ({:.3}x)",
-                minimum(&all),
-                ratios.0,
-                median(&all),
-                ratios.1
-            );
-            let value = json!({
-                "min_ns": minimum(&all).round(),
-                "median_ns": median(&all).round(),
-                "ratio_of_minima": (ratios.0 * 1000.0).round() / 1000.0,
-                "ratio_of_medians": (ratios.1 * 1000.0).round() / 1000.0,
-            });
-            let _ = out.insert(format!("{what}_{name}"), value);
-        }
+    let base = (spread(0, |m| m.cpu)?, spread(0, |m| m.wall)?);
+    eprintln!("{}, {}, {rules} rules: {}", work.name(), peers[0].nets.place.name(), work.operation());
+    for (i, peer) in peers.iter().enumerate() {
+        let (cpu, wall) = (spread(i, |m| m.cpu)?, spread(i, |m| m.wall)?);
+        let cost = Cost {
+            work: work.name().into(),
+            place: peer.nets.place.name().into(),
+            peer: peer.kind.name().into(),
+            rules: rules.into(),
+            operation: work.operation().into(),
+            operations_per_round: counts[&(i, work)].into(),
+            cpu,
+            wall,
+            ratio: wall.min / base.1.min,
+            ratio_of_medians: wall.median / base.1.median,
+            ratio_of_cpu: cpu.min / base.0.min,
+        };
+        eprintln!(
+            "  {:<22} min {:>10.0} ({:.3}x)  median {:>10.0} ({:.3}x)  cpu min {:>10.0} ({:.3}x)",
+            cost.peer, wall.min, cost.ratio, wall.median, cost.ratio_of_medians, cpu.min, cost.ratio_of_cpu
+        );
+        results.costs.push(cost);
     }
-    out.into()
+    Ok(())
 }
 
-struct Bench {
-    datapath: Datapath,
-    events: aya::maps::RingBuf<aya::maps::MapData>,
-    rule: u32,
-    top: File,
-    client: PathBuf,
-    server: PathBuf,
-    empty: OwnedFd,
-    // Last: it goes when everything that uses it has gone.
-    scratch: Scratch,
+/// The policy is in force: what it allows passes, what it does not allow does not. The same questions to every peer.
+fn proof(peer: &Peer) -> Result<()> {
+    let ends = Ends::new(peer)?;
+    let expected = [true, peer.kind.open(), true, peer.kind.open()];
+    let got = [ends.tcp_passes(OPEN)?, ends.tcp_passes(SHUT)?, ends.udp_passes(UDP.0)?, ends.udp_passes(UDP.1 + 1)?];
+    ensure!(
+        got == expected,
+        "it does not enforce the policy: TCP to the open and the shut port, UDP to the open and the shut port: {got:?} instead of {expected:?}"
+    );
+    Ok(())
 }
 
-impl Bench {
-    fn new() -> Result<Self> {
-        let scratch = Scratch::new()?;
-        let mut datapath = Datapath::load(scratch.pins())?;
-        let events = datapath.take_events()?;
-        // A network of its own, so that nobody else's packets are in it; and one CPU.
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).context("unshare")?;
-        let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().context("starting ip")?;
-        ensure!(up.success(), "ip link set lo up");
-        std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "10000 65000")?;
-        std::fs::write("/proc/sys/net/ipv4/tcp_tw_reuse", "1")?;
-        let mut one = nix::sched::CpuSet::new();
-        one.set(0)?;
-        nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &one)?;
+/// Makes sockets of either end.
+struct Ends<'a>(&'a Peer);
 
-        let (client, server) = (scratch.cgroup("client")?, scratch.cgroup("server")?);
-        let top = File::open(scratch.cgroup("")?)?;
-        let rule = publish(&datapath, &client, &server)?;
-        Ok(Self { datapath, events, rule, top, client, server, empty: empty_hook()?, scratch })
+impl<'a> Ends<'a> {
+    fn new(peer: &'a Peer) -> Result<Self> {
+        Ok(Self(peer))
     }
 
-    fn round(&mut self, setup: Setup) -> Result<(Cost, Cost)> {
-        let mut empty = None;
-        match setup {
-            Setup::Without => {}
-            Setup::EmptyHook => {
-                empty = Some(sys::link_create(self.empty.as_fd(), self.top.as_raw_fd() as u32, 0, 0)?);
-            }
-            Setup::Segfw => {
-                for hook in HOOKS {
-                    let _ = self.datapath.attach(hook, &self.top)?;
-                }
-            }
-        }
-        let result = self.both();
-        drop(empty);
-        if setup == Setup::Segfw {
-            for hook in HOOKS {
-                std::fs::remove_file(self.datapath.dir.join(format!("link-{}", hook.program)))?;
-            }
-            // A worker of the kernel ends the links, a little later: until then half of the hooks would judge the next round.
-            std::thread::sleep(std::time::Duration::from_millis(100));
-        }
-        while self.events.next().is_some() {}
-        result
+    /// From here on sockets are the server's.
+    fn server(&self) -> Result<()> {
+        enter_net(&self.0.nets.server)?;
+        enter(&self.0.server)
     }
 
-    /// The server's socket is made in the server's cgroup, everything else in the client's.
-    fn both(&self) -> Result<(Cost, Cost)> {
-        enter(&self.server)?;
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
-        let listener = TcpListener::bind(address)?;
-        enter(&self.client)?;
-        let mut there = TcpStream::connect(address)?;
-        let (mut here, _) = listener.accept()?;
+    /// From here on sockets are the client's.
+    fn client(&self) -> Result<()> {
+        enter_net(&self.0.nets.client)?;
+        enter(&self.0.client)
+    }
+
+    fn to(&self, port: u16) -> SocketAddr {
+        SocketAddr::from((self.0.nets.to, port))
+    }
+
+    /// Listens as the server; the client's turn afterwards.
+    fn listen(&self, port: u16) -> Result<TcpListener> {
+        self.server()?;
+        let listener = tcp()?;
+        socket::setsockopt(&listener, sockopt::ReuseAddr, &true)?;
+        let at = SockaddrIn::from(SocketAddrV4::new(self.0.nets.to, port));
+        socket::bind(listener.as_raw_fd(), &at).with_context(|| format!("binding port {port}"))?;
+        socket::listen(&listener, socket::Backlog::new(1024)?)?;
+        self.client()?;
+        Ok(TcpListener::from(listener))
+    }
+
+    fn pair(&self, listener: &TcpListener) -> Result<(TcpStream, TcpStream)> {
+        let there = TcpStream::connect(self.to(OPEN))?;
+        let (here, _) = listener.accept()?;
         there.set_nodelay(true)?;
         here.set_nodelay(true)?;
-        let mut byte = [7];
-        let exchange = measure(EXCHANGES, || {
-            there.write_all(&byte)?;
-            here.read_exact(&mut byte)?;
-            here.write_all(&byte)?;
-            Ok(there.read_exact(&mut byte)?)
-        })?;
-        drop((there, here));
-        let connection = measure(CONNECTIONS, || {
-            let there = TcpStream::connect(address)?;
-            let (here, _) = listener.accept()?;
-            drop((there, here));
-            Ok(())
-        })?;
-        Ok((exchange, connection))
+        Ok((there, here))
     }
 
-    /// How often the rule was what decided.
-    fn judged(&self) -> Result<u64> {
-        let counters = self.datapath.counters()?;
-        let count = counters.by_rule.get(&self.rule).copied().unwrap_or_default();
-        ensure!(count.denied == 0 && self.scratch.pins().exists(), "{count:?}");
-        Ok(count.allowed)
+    fn tcp_passes(&self, port: u16) -> Result<bool> {
+        let _listener = self.listen(port)?;
+        match TcpStream::connect_timeout(&self.to(port), PATIENCE) {
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == ErrorKind::TimedOut || e.kind() == ErrorKind::PermissionDenied => Ok(false),
+            Err(e) => Err(e).with_context(|| format!("connecting to port {port}")),
+        }
+    }
+
+    fn udp_passes(&self, port: u16) -> Result<bool> {
+        self.server()?;
+        let here = UdpSocket::bind(self.to(port))?;
+        self.client()?;
+        let there = UdpSocket::bind((self.0.nets.from, 0))?;
+        match there.send_to(b"?", self.to(port)) {
+            Ok(_) => {}
+            Err(e) if e.kind() == ErrorKind::PermissionDenied => return Ok(false),
+            Err(e) => return Err(e).with_context(|| format!("sending to port {port}")),
+        }
+        here.set_read_timeout(Some(PATIENCE))?;
+        let mut byte = [0];
+        let Ok((_, from)) = here.recv_from(&mut byte) else { return Ok(false) };
+        let _ = here.send_to(b"!", from)?;
+        there.set_read_timeout(Some(PATIENCE))?;
+        Ok(there.recv_from(&mut byte).is_ok())
     }
 }
 
-/// Both segments deny by default; one rule of twenty lets the client in. Its number.
-fn publish(datapath: &Datapath, client: &std::path::Path, server: &std::path::Path) -> Result<u32> {
-    let mut policy = HostPolicy {
-        segments: vec![segment("client", "app=client"), segment("server", "app=server")],
-        ..HostPolicy::default()
-    };
-    for segment in &mut policy.segments {
-        segment.default_egress_allow = false;
-    }
-    for i in 0..19 {
-        rule(&mut policy, &format!("allow 10.{i}.0.0/16 -> server tcp/{}", 8000 + i));
-    }
-    rule(&mut policy, &format!("allow client -> server tcp/{PORT}"));
-    let sets = [labels("app=client"), labels("app=server")];
-    let mut numbers = Numbers::default();
-    let clock = Clock { wall: "2026-11-02T09:00:00Z".parse()?, boot_ns: 1 };
-    let tables = compile(&policy, &sets, &[], &mut numbers, clock).map_err(|p| anyhow::anyhow!("{p:?}"))?;
-    let _ = datapath.publish(&tables)?;
-    for (i, (path, set)) in [client, server].into_iter().zip(&sets).enumerate() {
-        let Identity(identity) = numbers.labels(set);
-        let entry = CgroupEntry { identity, workload: i as u32 + 1, flags: 0, pad: 0 };
-        datapath.set_cgroup(cgroup_id(path)?, &entry)?;
-    }
-    Ok(numbers.rule("p", "r19"))
+fn tcp() -> Result<OwnedFd> {
+    Ok(socket::socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?)
 }
 
-fn measure(count: u32, mut operation: impl FnMut() -> Result<()>) -> Result<Cost> {
+/// The server's socket is made in the server's cgroup and namespace, everything else in the client's.
+fn perform(peer: &Peer, work: Work, count: u32) -> Result<Measured> {
+    let ends = Ends::new(peer)?;
+    match work {
+        Work::Exchange => {
+            let listener = ends.listen(OPEN)?;
+            let (mut there, mut here) = ends.pair(&listener)?;
+            let mut byte = [7];
+            measure(count, || {
+                there.write_all(&byte)?;
+                here.read_exact(&mut byte)?;
+                here.write_all(&byte)?;
+                Ok(there.read_exact(&mut byte)?)
+            })
+        }
+        Work::Connection => {
+            let listener = ends.listen(OPEN)?;
+            let to = ends.to(OPEN);
+            measure(count, || {
+                let there = TcpStream::connect(to)?;
+                let (here, _) = listener.accept()?;
+                drop((there, here));
+                Ok(())
+            })
+        }
+        Work::Udp => {
+            ends.server()?;
+            let servers: Vec<UdpSocket> =
+                (UDP.0..=UDP.1).map(|port| UdpSocket::bind(ends.to(port))).collect::<Result<_, _>>()?;
+            ends.client()?;
+            let client = UdpSocket::bind((peer.nets.from, 0))?;
+            for socket in servers.iter().chain([&client]) {
+                // A datagram that a firewall lost must not hang the bench.
+                socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+            }
+            let (mut byte, mut next) = ([7], 0);
+            measure(count, || {
+                let server = &servers[next];
+                let _ = client.send_to(&byte, ends.to(UDP.0 + next as u16))?;
+                let (_, from) = server.recv_from(&mut byte)?;
+                let _ = server.send_to(&byte, from)?;
+                let _ = client.recv_from(&mut byte)?;
+                next = (next + 1) % servers.len();
+                Ok(())
+            })
+        }
+        Work::Stream => {
+            let listener = ends.listen(OPEN)?;
+            let (mut there, mut here) = ends.pair(&listener)?;
+            there.set_nonblocking(true)?;
+            here.set_nonblocking(true)?;
+            let (data, mut room) = (vec![7u8; CHUNK], vec![0u8; CHUNK]);
+            measure(count, || {
+                let (mut sent, mut got) = (0, 0);
+                while got < CHUNK {
+                    match there.write(&data[sent..]) {
+                        Ok(n) => sent += n,
+                        Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+                        Err(e) => return Err(e.into()),
+                    }
+                    match here.read(&mut room) {
+                        Ok(0) => bail!("the connection ended"),
+                        Ok(n) => got += n,
+                        // Sent and not here yet: in a queue that only another context empties.
+                        Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                            let _ =
+                                poll(&mut [PollFd::new(here.as_fd(), PollFlags::POLLIN)], PollTimeout::from(100u8))?;
+                        }
+                        Err(e) => return Err(e.into()),
+                    }
+                }
+                Ok(())
+            })
+        }
+        Work::SynFlood => {
+            let _listener = ends.listen(SHUT)?;
+            flood(peer, libc::IPPROTO_TCP as u8, count)
+        }
+        Work::UdpFlood => {
+            ends.server()?;
+            let _socket = UdpSocket::bind(ends.to(SHUT))?;
+            flood(peer, libc::IPPROTO_UDP as u8, count)
+        }
+    }
+}
+
+/// Frames from the client's interface to the server's, each from another address. On a veth pair the thread that sends
+/// also does the receiver's work, so the time of a call is that of sending and refusing.
+fn flood(peer: &Peer, protocol: u8, count: u32) -> Result<Measured> {
+    enter_net(&peer.nets.server)?;
+    let hardware = mac(SERVER_IF)?;
+    enter_net(&peer.nets.client)?;
+    enter(&peer.client)?;
+    let index = nix::net::if_::if_nametoindex(CLIENT_IF)?;
+    let all = i32::from((libc::ETH_P_IP as u16).to_be());
+    // SAFETY: plain numbers; the descriptor is ours.
+    let raw = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+    ensure!(raw >= 0, "a packet socket: {}", std::io::Error::last_os_error());
+    // SAFETY: just made.
+    let socket = unsafe { OwnedFd::from_raw_fd(raw) };
+    // SAFETY: all zeros is valid.
+    let mut at: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    at.sll_family = libc::AF_PACKET as u16;
+    at.sll_ifindex = index as i32;
+    at.sll_protocol = all as u16;
+    at.sll_halen = 6;
+    at.sll_addr[..6].copy_from_slice(&hardware);
+    let mut frames: Vec<Vec<u8>> = (0..BURST).map(|_| frame(&hardware, peer.nets.to, protocol)).collect();
+    let mut seed = 1u32;
+    let bursts = count.div_ceil(BURST as u32);
+    let measured = measure(bursts, || {
+        let mut parts: Vec<libc::iovec> = Vec::with_capacity(BURST);
+        for frame in &mut frames {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            another(frame, seed);
+            parts.push(libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() });
+        }
+        // SAFETY: all zeros is valid.
+        let mut messages: Vec<libc::mmsghdr> = vec![unsafe { std::mem::zeroed() }; BURST];
+        for (message, part) in messages.iter_mut().zip(&mut parts) {
+            message.msg_hdr.msg_iov = part;
+            message.msg_hdr.msg_iovlen = 1;
+            message.msg_hdr.msg_name = (&raw mut at).cast();
+            message.msg_hdr.msg_namelen = size_of_val(&at) as u32;
+        }
+        let mut sent = 0;
+        while sent < BURST {
+            // SAFETY: everything that the headers point to lives to the end of this block.
+            let n =
+                unsafe { libc::sendmmsg(socket.as_raw_fd(), messages[sent..].as_mut_ptr(), (BURST - sent) as u32, 0) };
+            match n {
+                n if n > 0 => sent += n as usize,
+                _ if [Errno::ENOBUFS, Errno::EAGAIN].contains(&Errno::last()) => {}
+                _ => bail!("sending frames: {}", std::io::Error::last_os_error()),
+            }
+        }
+        Ok(())
+    })?;
+    let each = |burst: f64| burst / BURST as f64;
+    Ok(Measured { cpu: each(measured.cpu), wall: each(measured.wall) })
+}
+
+fn mac(interface: &str) -> Result<[u8; 6]> {
+    let text = std::process::Command::new("ip").args(["-o", "link", "show", interface]).output()?.stdout;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let word = text.split("link/ether ").nth(1).and_then(|t| t.split(' ').next()).context("no hardware address")?;
+    let bytes: Vec<u8> = word.split(':').map(|b| u8::from_str_radix(b, 16)).collect::<Result<_, _>>()?;
+    bytes.try_into().map_err(|_| anyhow::anyhow!("{word} is no hardware address"))
+}
+
+/// Offsets in a frame.
+const IP: usize = 14;
+const L4: usize = IP + 20;
+
+/// A frame with a SYN or a datagram of no bytes, without its source and checksums.
+fn frame(hardware: &[u8; 6], to: Ipv4Addr, protocol: u8) -> Vec<u8> {
+    let length = if protocol == libc::IPPROTO_TCP as u8 { 20 } else { 8 };
+    let mut f = vec![0u8; L4 + length];
+    f[..6].copy_from_slice(hardware);
+    f[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
+    f[12..14].copy_from_slice(&(libc::ETH_P_IP as u16).to_be_bytes());
+    f[IP] = 0x45;
+    f[IP + 2..IP + 4].copy_from_slice(&((20 + length) as u16).to_be_bytes());
+    f[IP + 8] = 64;
+    f[IP + 9] = protocol;
+    f[IP + 16..IP + 20].copy_from_slice(&to.octets());
+    f[L4 + 2..L4 + 4].copy_from_slice(&SHUT.to_be_bytes());
+    if protocol == libc::IPPROTO_TCP as u8 {
+        // Header of five words; SYN; some window.
+        f[L4 + 12] = 0x50;
+        f[L4 + 13] = 0x02;
+        f[L4 + 14..L4 + 16].copy_from_slice(&64_000u16.to_be_bytes());
+    } else {
+        f[L4 + 4..L4 + 6].copy_from_slice(&8u16.to_be_bytes());
+    }
+    f
+}
+
+/// Gives a frame another source in 198.18/15 and the checksums that go with it.
+fn another(f: &mut [u8], seed: u32) {
+    let source = 0xc612_0000 | seed >> 15;
+    f[IP + 12..IP + 16].copy_from_slice(&source.to_be_bytes());
+    f[L4..L4 + 2].copy_from_slice(&(1_024 + (seed % 60_000) as u16).to_be_bytes());
+    f[IP + 10..IP + 12].fill(0);
+    let header = checksum(0, &f[IP..L4]);
+    f[IP + 10..IP + 12].copy_from_slice(&header.to_be_bytes());
+    // A datagram may do without; a segment may not.
+    if f[IP + 9] == libc::IPPROTO_TCP as u8 {
+        f[L4 + 16..L4 + 18].fill(0);
+        let pseudo = u32::from(f[IP + 9]) + (f.len() - L4) as u32 + words(&f[IP + 12..L4]);
+        let sum = checksum(pseudo, &f[L4..]);
+        f[L4 + 16..L4 + 18].copy_from_slice(&sum.to_be_bytes());
+    }
+}
+
+fn words(bytes: &[u8]) -> u32 {
+    bytes.chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], w.get(1).copied().unwrap_or(0)]))).sum()
+}
+
+fn checksum(start: u32, bytes: &[u8]) -> u16 {
+    let mut sum = start + words(bytes);
+    while sum >> 16 != 0 {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
+fn measure(count: u32, mut operation: impl FnMut() -> Result<()>) -> Result<Measured> {
     let cpu = || -> Result<f64> {
-        let usage = getrusage(UsageWho::RUSAGE_SELF)?;
+        let usage = getrusage(UsageWho::RUSAGE_THREAD)?;
         let ns = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 * 1e9 + t.tv_usec() as f64 * 1e3;
         Ok(ns(usage.user_time()) + ns(usage.system_time()))
     };
@@ -277,25 +512,5 @@ fn measure(count: u32, mut operation: impl FnMut() -> Result<()>) -> Result<Cost
         operation()?;
     }
     let (wall, cpu) = (start.elapsed().as_nanos() as f64, cpu()? - start_cpu);
-    Ok(Cost { cpu: cpu / f64::from(count), wall: wall / f64::from(count) })
-}
-
-/// `return 1`, as a program for `cgroup_skb`.
-fn empty_hook() -> Result<OwnedFd> {
-    const BPF_PROG_LOAD: libc::c_long = 5;
-    const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
-    // r0 = 1; exit (struct bpf_insn, include/uapi/linux/bpf.h).
-    let code: [u64; 2] = [0x0000_0001_0000_00b7, 0x95];
-    let license = c"GPL";
-    let mut attr = [0u64; 16];
-    attr[0] = u64::from(BPF_PROG_TYPE_CGROUP_SKB) | 2 << 32;
-    attr[1] = code.as_ptr() as u64;
-    attr[2] = license.as_ptr() as u64;
-    // SAFETY: the attribute is as long as we say; the pointers in it are to live buffers.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, attr.as_mut_ptr(), size_of_val(&attr)) };
-    if fd < 0 {
-        bail!("the empty program: {}", std::io::Error::last_os_error());
-    }
-    // SAFETY: the kernel just gave us this descriptor.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    Ok(Measured { cpu: cpu / f64::from(count), wall: wall / f64::from(count) })
 }
