@@ -5,6 +5,9 @@
 
 mod control;
 mod flows;
+mod goals;
+mod machine;
+mod page;
 mod peers;
 mod result;
 mod rules;
@@ -29,8 +32,9 @@ cargo xtask bench [--quick] [--only WORK,..] [--peers PEER,..] [--places loopbac
                    empty-cgroup-skb, segfw-skb, segfw-skb-quiet, segfw-skb-xdp, segfw-conn, segfw-conn-quiet
   --sizes          rules in the policy (10,1000,10000,100000)
   --rounds         turns of each peer (21), and repetitions of what takes seconds (7)
-  --instructions   what the clock says is instructions: in a guest under -icount shift=0
-  --out            where bench.json goes (target/bench)";
+  --instructions   in a guest that counts instructions (cargo xtask vm); rr,crr,udp over loopback unless told otherwise
+  --out            where bench.json, README.md and the plots go (target/bench)
+  --render         no measurement: page and plots from the JSON files in --out";
 
 /// What was asked for.
 pub(crate) struct Options {
@@ -47,6 +51,8 @@ pub(crate) struct Options {
     /// The clock counts instructions.
     pub(crate) instructions: bool,
     pub(crate) out: PathBuf,
+    /// Only the page and the plots, from the files that are there.
+    render: bool,
 }
 
 impl Options {
@@ -60,6 +66,7 @@ impl Options {
             rounds: 0,
             instructions: false,
             out: "target/bench".into(),
+            render: false,
         };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
@@ -74,11 +81,23 @@ impl Options {
                 }
                 "--places" => options.places = value()?.split(',').map(str::to_owned).collect(),
                 "--sizes" => options.sizes = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
+                "--render" => options.render = true,
                 "--instructions" => options.instructions = true,
                 "--rounds" => options.rounds = value()?.parse()?,
                 "--out" => options.out = value()?.into(),
+                "help" | "--help" | "-h" => {
+                    println!("{HELP}");
+                    std::process::exit(0);
+                }
                 other => bail!("unknown option {other}\n{HELP}"),
             }
+        }
+        // An emulated processor is slow: what is worth counting there, unless asked for more.
+        if options.instructions && options.only.is_empty() {
+            options.only = ["rr", "crr", "udp"].map(str::to_owned).to_vec();
+        }
+        if options.instructions && options.places.is_empty() {
+            options.places = vec!["loopback".to_owned()];
         }
         for work in &options.only {
             ensure!(
@@ -97,7 +116,7 @@ impl Options {
     /// Rules of the policies that traffic meets.
     pub(crate) fn sizes(&self) -> Vec<u32> {
         match &self.sizes[..] {
-            [] if self.quick => vec![10, 1_000],
+            [] if self.quick || self.instructions => vec![10, 1_000],
             [] => vec![10, 1_000, 10_000, 100_000],
             given => given.to_vec(),
         }
@@ -106,7 +125,8 @@ impl Options {
     /// Turns of each peer.
     pub(crate) fn turns(&self) -> usize {
         match self.rounds {
-            0 if self.quick || self.instructions => 5,
+            0 if self.instructions => 3,
+            0 if self.quick => 5,
             0 => 21,
             n => n,
         }
@@ -141,11 +161,14 @@ const WORKS: [(&str, Work); 8] = [
 
 fn main() -> Result<()> {
     let options = Options::parse()?;
+    if options.render {
+        return page::render(&options.out);
+    }
     ensure!(nix::unistd::geteuid().is_root(), "this makes cgroups and loads eBPF programs: run it as root");
     world::clean_up_on_signals()?;
     let _ = world::sweep_stale();
     alone()?;
-    let mut results = Results::default();
+    let mut results = Results { machine: machine::describe(&options), ..Results::default() };
     for (name, work) in WORKS {
         if !options.wants(name) {
             continue;
@@ -160,10 +183,18 @@ fn main() -> Result<()> {
         eprintln!("  FAILED traffic: {error:#}");
         results.failed.push(format!("traffic: {error:#}"));
     }
+    results.machine.load.push(machine::load());
     std::fs::create_dir_all(&options.out).with_context(|| options.out.display().to_string())?;
-    let path = options.out.join("bench.json");
+    let path = options.out.join(if options.instructions { page::COUNTS } else { page::TIMES });
     std::fs::write(&path, serde_json::to_string_pretty(&results)? + "\n")?;
     eprintln!("{}", path.display());
+    // Counts come out of a guest alone; the page is made where the times are.
+    if options.out.join(page::TIMES).is_file() {
+        page::render(&options.out)?;
+    }
+    for goal in goals::all(&results, None).iter().filter(|g| !g.measured.is_empty()) {
+        eprintln!("{:<12} {}: {}", goal.verdict().trim_matches('*'), goal.what, goal.measured);
+    }
     ensure!(results.failed.is_empty(), "{} works failed", results.failed.len());
     Ok(())
 }
@@ -173,7 +204,7 @@ fn alone() -> Result<()> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).context("unshare")?;
     let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().context("starting ip")?;
     ensure!(up.success(), "ip link set lo up");
-    std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "16000 65000")?;
+    std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "16000 64999")?;
     std::fs::write("/proc/sys/net/ipv4/tcp_tw_reuse", "1")?;
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;

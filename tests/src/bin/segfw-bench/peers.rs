@@ -25,6 +25,8 @@ pub(crate) enum Kind {
     None,
     /// The same as `None`: what the two differ by is noise.
     Again,
+    /// Floods only: frames that the other side throws away at once, for they are for somebody else.
+    Sending,
     Nft,
     Legacy,
     LegacySet,
@@ -39,9 +41,10 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 13] = [
+    pub(crate) const ALL: [Self; 14] = [
         Self::None,
         Self::Again,
+        Self::Sending,
         Self::Nft,
         Self::Legacy,
         Self::LegacySet,
@@ -60,6 +63,7 @@ impl Kind {
         match self {
             Self::None => "none",
             Self::Again => "none-again",
+            Self::Sending => "sending-alone",
             Self::Nft => "nftables",
             Self::Legacy => "iptables-legacy",
             Self::LegacySet => "iptables-legacy-ipset",
@@ -79,6 +83,7 @@ impl Kind {
         match self {
             Self::None => "no firewall",
             Self::Again => "no firewall, measured a second time: the difference is noise",
+            Self::Sending => "no firewall, and frames for somebody else: what a flood costs who sends it",
             Self::Nft => "nftables: conntrack, verdict maps, sets of address and port, both directions",
             Self::Legacy => "iptables-legacy: conntrack, one rule per sentence; the one that matches is in the middle",
             Self::LegacySet => "iptables-legacy: conntrack, one hash:ip,port set",
@@ -103,7 +108,7 @@ impl Kind {
 
     /// Nothing is refused.
     pub(crate) fn open(self) -> bool {
-        matches!(self, Self::None | Self::Again | Self::EmptySkb)
+        matches!(self, Self::None | Self::Again | Self::Sending | Self::EmptySkb)
     }
 }
 
@@ -174,7 +179,7 @@ fn namespace() -> Result<File> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).context("unshare")?;
     ip(&["link", "set", "lo", "up"])?;
     for (file, value) in [
-        ("ipv4/ip_local_port_range", "16000 65000"),
+        ("ipv4/ip_local_port_range", "16000 64999"),
         ("ipv4/tcp_tw_reuse", "1"),
         ("ipv4/conf/all/rp_filter", "0"),
         ("ipv4/conf/default/rp_filter", "0"),
@@ -259,6 +264,7 @@ impl Peer {
             Kind::Skb | Kind::SkbQuiet | Kind::SkbXdp => peer.segfw = Some(peer.load(n)?),
             Kind::None
             | Kind::Again
+            | Kind::Sending
             | Kind::Nft
             | Kind::Legacy
             | Kind::LegacySet
@@ -385,6 +391,7 @@ fn netfilter(kind: Kind, nets: &Nets, n: u32) -> Result<()> {
         }
         Kind::None
         | Kind::Again
+        | Kind::Sending
         | Kind::EmptySkb
         | Kind::Skb
         | Kind::SkbQuiet
