@@ -268,7 +268,7 @@ fn page(times: &Results, counts: Option<&Results>) -> Result<String> {
     for kind in Kind::ALL {
         writeln!(t, "* `{}`: {}", kind.name(), kind.words())?;
     }
-    t += "\nEach was asked the same questions before it was timed: TCP and UDP to an open and to a shut port. ";
+    t += "\nEach was asked the same questions before it was timed: TCP and UDP to an open and to a shut port, and over veth a SYN from an address of the policy and from one beside it. ";
     t += "CPU = of the one thread that is client and server, softirqs included where the kernel does not account them apart; wall = from begin to end, other users of the machine included.\n";
     costs(&mut t, times, "ns")?;
     if let Some(counts) = counts {

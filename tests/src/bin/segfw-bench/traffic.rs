@@ -7,7 +7,7 @@
 use crate::Options;
 use crate::peers::{CLIENT_IF, Kind, Peer, Place, SERVER_IF, enter_net};
 use crate::result::{Absent, Cost, Results, Spread};
-use crate::rules::{OPEN, SHUT, UDP};
+use crate::rules::{OPEN, SHUT, UDP, sentence};
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -24,7 +24,7 @@ const TURN: Duration = Duration::from_millis(60);
 /// The same where instructions are counted: an emulated CPU is slow, and every count is the same.
 const COUNTED: u32 = 200;
 /// A probe that has no answer by then was refused.
-const PATIENCE: Duration = Duration::from_millis(200);
+const PATIENCE: Duration = Duration::from_millis(500);
 /// Bytes that one operation of the stream moves.
 const CHUNK: usize = 64 << 10;
 /// Frames of a flood that are handed over in one call.
@@ -116,7 +116,7 @@ fn one_size(options: &Options, results: &mut Results, place: Place, rules: u32, 
     {
         let made = Peer::new(kind, place, rules).and_then(|mut peer| {
             peer.attach()?;
-            let proven = proof(&peer);
+            let proven = proof(&peer, rules);
             peer.detach()?;
             proven.map(|()| peer)
         });
@@ -211,7 +211,7 @@ fn report(
 }
 
 /// The policy is in force: what it allows passes, what it does not allow does not. The same questions to every peer.
-fn proof(peer: &Peer) -> Result<()> {
+fn proof(peer: &Peer, rules: u32) -> Result<()> {
     let ends = Ends::new(peer)?;
     let expected = [true, peer.kind.open(), true, peer.kind.open()];
     let got = [ends.tcp_passes(OPEN)?, ends.tcp_passes(SHUT)?, ends.udp_passes(UDP.0)?, ends.udp_passes(UDP.1 + 1)?];
@@ -219,6 +219,18 @@ fn proof(peer: &Peer) -> Result<()> {
         got == expected,
         "it does not enforce the policy: TCP to the open and the shut port, UDP to the open and the shut port: {got:?} instead of {expected:?}"
     );
+    // One of the many sentences, and one that is not among them. Loopback has no strangers.
+    if peer.nets.place == Place::Veth && peer.kind != Kind::Sending {
+        let (source, port) = sentence(rules / 3);
+        let stranger = Ipv4Addr::from(u32::from(source) + 1);
+        let got = [syn_arrives(peer, source, port)?, syn_arrives(peer, stranger, port)?];
+        let expected = [true, peer.kind.open()];
+        ensure!(
+            got == expected,
+            "a SYN from {source} (rule {}) and from {stranger} (no rule) to port {port}: {got:?} instead of {expected:?}",
+            rules / 3
+        );
+    }
     Ok(())
 }
 
@@ -395,27 +407,17 @@ fn flood(peer: &Peer, protocol: u8, count: u32) -> Result<Measured> {
     enter_net(&peer.nets.client)?;
     enter(&peer.client)?;
     let index = nix::net::if_::if_nametoindex(CLIENT_IF)?;
-    let all = i32::from((libc::ETH_P_IP as u16).to_be());
-    // SAFETY: plain numbers; the descriptor is ours.
-    let raw = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
-    ensure!(raw >= 0, "a packet socket: {}", std::io::Error::last_os_error());
-    // SAFETY: just made.
-    let socket = unsafe { OwnedFd::from_raw_fd(raw) };
-    // SAFETY: all zeros is valid.
-    let mut at: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    at.sll_family = libc::AF_PACKET as u16;
-    at.sll_ifindex = index as i32;
-    at.sll_protocol = all as u16;
-    at.sll_halen = 6;
-    at.sll_addr[..6].copy_from_slice(&hardware);
-    let mut frames: Vec<Vec<u8>> = (0..BURST).map(|_| frame(&hardware, peer.nets.to, protocol)).collect();
+    let socket = packet_socket()?;
+    let mut at = link(index, &hardware);
+    let mut frames: Vec<Vec<u8>> = (0..BURST).map(|_| frame(&hardware, peer.nets.to, SHUT, protocol)).collect();
     let mut seed = 1u32;
     let bursts = count.div_ceil(BURST as u32);
     let measured = measure(bursts, || {
         let mut parts: Vec<libc::iovec> = Vec::with_capacity(BURST);
         for frame in &mut frames {
             seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            another(frame, seed);
+            // 198.18/15 is set apart for benchmarks.
+            come_from(frame, Ipv4Addr::from(0xc612_0000 | seed >> 15), 1_024 + (seed % 60_000) as u16);
             parts.push(libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() });
         }
         // SAFETY: all zeros is valid.
@@ -443,6 +445,59 @@ fn flood(peer: &Peer, protocol: u8, count: u32) -> Result<Measured> {
     Ok(Measured { cpu: each(measured.cpu), wall: each(measured.wall) })
 }
 
+fn packet_socket() -> Result<OwnedFd> {
+    // SAFETY: plain numbers; the descriptor is ours.
+    let raw = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+    ensure!(raw >= 0, "a packet socket: {}", std::io::Error::last_os_error());
+    // SAFETY: just made.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+/// Where frames go out, and to whom.
+fn link(index: u32, hardware: &[u8; 6]) -> libc::sockaddr_ll {
+    // SAFETY: all zeros is valid.
+    let mut at: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    at.sll_family = libc::AF_PACKET as u16;
+    at.sll_ifindex = index as i32;
+    at.sll_protocol = (libc::ETH_P_IP as u16).to_be();
+    at.sll_halen = 6;
+    at.sll_addr[..6].copy_from_slice(hardware);
+    at
+}
+
+/// Whether a SYN from an address that is not ours reaches a listener of the server: then the kernel holds a request for
+/// it, which `/proc/net/tcp` shows as SYN_RECV.
+fn syn_arrives(peer: &Peer, source: Ipv4Addr, port: u16) -> Result<bool> {
+    const SYN_RECV: &str = "03";
+    const FROM_PORT: u16 = 40_000;
+    let ends = Ends::new(peer)?;
+    let _listener = ends.listen(port)?;
+    enter_net(&peer.nets.server)?;
+    let hardware = mac(SERVER_IF)?;
+    ends.client()?;
+    let at = link(nix::net::if_::if_nametoindex(CLIENT_IF)?, &hardware);
+    let mut syn = frame(&hardware, peer.nets.to, port, libc::IPPROTO_TCP as u8);
+    come_from(&mut syn, source, FROM_PORT);
+    let socket = packet_socket()?;
+    // SAFETY: frame and address live to the end of the call.
+    let sent = unsafe {
+        let (data, to) = (syn.as_ptr().cast(), (&raw const at).cast());
+        libc::sendto(socket.as_raw_fd(), data, syn.len(), 0, to, size_of_val(&at) as u32)
+    };
+    ensure!(sent == syn.len() as isize, "sending a SYN: {}", std::io::Error::last_os_error());
+    std::thread::sleep(Duration::from_millis(20));
+    enter_net(&peer.nets.server)?;
+    let table = std::fs::read_to_string("/proc/thread-self/net/tcp")?;
+    let local = format!(":{port:04X}");
+    // As the kernel writes it there: the address as one number of this machine's byte order.
+    let remote = format!("{:08X}:{FROM_PORT:04X}", u32::from_ne_bytes(source.octets()));
+    Ok(table.lines().any(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        let ours = words.next().is_some_and(|l| l.ends_with(&local)) && words.next() == Some(&remote);
+        ours && words.next() == Some(SYN_RECV)
+    }))
+}
+
 fn mac(interface: &str) -> Result<[u8; 6]> {
     let text = std::process::Command::new("ip").args(["-o", "link", "show", interface]).output()?.stdout;
     let text = String::from_utf8_lossy(&text).into_owned();
@@ -456,7 +511,7 @@ const IP: usize = 14;
 const L4: usize = IP + 20;
 
 /// A frame with a SYN or a datagram of no bytes, without its source and checksums.
-fn frame(hardware: &[u8; 6], to: Ipv4Addr, protocol: u8) -> Vec<u8> {
+fn frame(hardware: &[u8; 6], to: Ipv4Addr, port: u16, protocol: u8) -> Vec<u8> {
     let length = if protocol == libc::IPPROTO_TCP as u8 { 20 } else { 8 };
     let mut f = vec![0u8; L4 + length];
     f[..6].copy_from_slice(hardware);
@@ -467,7 +522,7 @@ fn frame(hardware: &[u8; 6], to: Ipv4Addr, protocol: u8) -> Vec<u8> {
     f[IP + 8] = 64;
     f[IP + 9] = protocol;
     f[IP + 16..IP + 20].copy_from_slice(&to.octets());
-    f[L4 + 2..L4 + 4].copy_from_slice(&SHUT.to_be_bytes());
+    f[L4 + 2..L4 + 4].copy_from_slice(&port.to_be_bytes());
     if protocol == libc::IPPROTO_TCP as u8 {
         // Header of five words; SYN; some window.
         f[L4 + 12] = 0x50;
@@ -479,11 +534,10 @@ fn frame(hardware: &[u8; 6], to: Ipv4Addr, protocol: u8) -> Vec<u8> {
     f
 }
 
-/// Gives a frame another source in 198.18/15 and the checksums that go with it.
-fn another(f: &mut [u8], seed: u32) {
-    let source = 0xc612_0000 | seed >> 15;
-    f[IP + 12..IP + 16].copy_from_slice(&source.to_be_bytes());
-    f[L4..L4 + 2].copy_from_slice(&(1_024 + (seed % 60_000) as u16).to_be_bytes());
+/// Gives a frame a source and the checksums that go with it.
+fn come_from(f: &mut [u8], source: Ipv4Addr, port: u16) {
+    f[IP + 12..IP + 16].copy_from_slice(&source.octets());
+    f[L4..L4 + 2].copy_from_slice(&port.to_be_bytes());
     f[IP + 10..IP + 12].fill(0);
     let header = checksum(0, &f[IP..L4]);
     f[IP + 10..IP + 12].copy_from_slice(&header.to_be_bytes());
