@@ -20,7 +20,7 @@ cargo xtask COMMAND
           apt-get as root iproute2 and what some tests use (podman, systemd-container, mmdebstrap, ...)
   demo    Three services, one policy, live: allowed, denied, and a connection that is cut (needs root, ~20 s)
   test    All tests; those that load eBPF need root and are named as skipped without it
-  bench   Round trips and connections over loopback, with and without segfw (needs root, ~1 min); JSON on stdout
+  bench   segfw beside nftables, iptables and nothing, and what its agent needs (root; half an hour; `bench --quick`)
   lint    Formatting, clippy on every crate, licences and sources of all dependencies
   ci      lint, then test
   dist    Packages into target/dist: deb, rpm, tarball, OCI image, SBOM, SHA256SUMS (--profile dev, --only KIND)
@@ -75,14 +75,61 @@ fn demo() -> Result<()> {
 }
 
 fn bench(args: &[String]) -> Result<()> {
-    setup::to_run()?;
+    setup::to_bench()?;
     if !is_root() {
         bail!("the bench makes cgroups and loads eBPF programs: run it as root (sudo -E cargo xtask bench)");
     }
-    // Not `say`: stdout is the result.
-    eprintln!("xtask: building, release");
-    run(cargo().args(["build", "--quiet", "--release", "--package", "segfw-tests", "--bin", "segfw-bench-loopback"]))?;
-    run(Command::new(target().join("release/segfw-bench-loopback")).args(args))
+    say("building, release");
+    run(cargo().args(["build", "--quiet", "--release", "--package", "segfw", "--package", "segfw-tests"]).args([
+        "--bin",
+        "segfw",
+        "--bin",
+        "segfw-bench",
+    ]))?;
+    let bench = target().join("release/segfw-bench");
+    if args.iter().any(|a| a == "--instructions") {
+        return count(&bench, args);
+    }
+    run(Command::new(bench).args(args).current_dir(root()))
+}
+
+/// The bench in a guest whose clock counts instructions; what it wrote there goes to `--out`.
+fn count(bench: &Path, args: &[String]) -> Result<()> {
+    /// Newest of the long-term kernels of `cargo xtask vm`.
+    const KERNEL: &str = "6.18";
+    /// Seconds: emulated, everything is some fifteen times slower, and others may use this machine.
+    const TIMEOUT: &str = "3600";
+    let at = args.iter().position(|a| a == "--out");
+    let out = root().join(at.and_then(|at| args.get(at + 1)).map_or("target/bench", String::as_str));
+    // /run/vm is the folder that guest and host share.
+    let mut words = args.to_vec();
+    match at {
+        Some(at) if at + 1 < words.len() => "/run/vm".clone_into(&mut words[at + 1]),
+        Some(_) | None => words.extend(["--out".to_owned(), "/run/vm".to_owned()]),
+    }
+    let kept = target().join(format!("bench-{}", std::process::id()));
+    let text = |path: &Path| path.display().to_string();
+    let mut order: Vec<String> =
+        ["run", "--kernel", KERNEL, "--variant", "counted", "--timeout", TIMEOUT, "--keep", &text(&kept), "--"]
+            .map(str::to_owned)
+            .to_vec();
+    order.push(text(bench));
+    order.append(&mut words);
+    let ran = vm::run(&order);
+    let found = kept.join(KERNEL).join("instructions.json");
+    let copied = if found.is_file() {
+        std::fs::create_dir_all(&out)?;
+        std::fs::copy(&found, out.join("instructions.json")).map(drop).context("copying the result")
+    } else {
+        Err(anyhow::anyhow!("the guest wrote no {}", found.display()))
+    };
+    let _ = std::fs::remove_dir_all(&kept);
+    ran.and(copied)?;
+    if out.join("bench.json").is_file() {
+        run(Command::new(bench).args(["--render", "--out"]).arg(&out))?;
+    }
+    say(&format!("{}", out.join("instructions.json").display()));
+    Ok(())
 }
 
 /// The repository, wherever cargo was started.

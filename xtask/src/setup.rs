@@ -26,6 +26,14 @@ const BESIDE: [Package; 10] = [
     ("man", "man-db"),
 ];
 
+/// What the benchmark compares with.
+const PEERS: [Package; 4] = [
+    ("nft", "nftables"),
+    ("iptables-legacy-restore", "iptables"),
+    ("iptables-nft-restore", "iptables"),
+    ("ipset", "ipset"),
+];
+
 /// True if it ran and was content.
 pub(crate) fn run_quietly(command: &mut Command) -> bool {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success())
@@ -41,6 +49,12 @@ pub(crate) fn run() -> Result<()> {
 pub(crate) fn to_run() -> Result<()> {
     build_tools()?;
     packages(&[NAMESPACES])
+}
+
+/// What building and running the benchmark needs.
+pub(crate) fn to_bench() -> Result<()> {
+    build_tools()?;
+    packages(&[&[NAMESPACES][..], &PEERS].concat())
 }
 
 /// What building needs.

@@ -26,52 +26,68 @@ pub(super) struct Variant {
     append: &'static str,
     /// Run by the guest's shell before the command.
     script: &'static str,
+    /// Virtual time is the number of instructions: emulation on one processor.
+    counted: bool,
 }
 
 /// The first one is what is meant when none is named.
-pub(super) const VARIANTS: [Variant; 8] = [
-    Variant { name: "default", what: "BPF LSM on, JIT on", append: LSM_BPF, script: "" },
+pub(super) const VARIANTS: [Variant; 9] = [
+    Variant { name: "default", what: "BPF LSM on, JIT on", append: LSM_BPF, script: "", counted: false },
     Variant {
         name: "no-lsm",
         what: "the BPF LSM is not in the list (5.10's own default)",
         append: LSM_PLAIN,
         script: "",
+        counted: false,
     },
     Variant {
         name: "lockdown-integrity",
         what: "kernel lockdown, integrity",
         append: "lsm=landlock,lockdown,yama,integrity,apparmor,bpf lockdown=integrity",
         script: "",
+        counted: false,
     },
     Variant {
         name: "lockdown-confidentiality",
         what: "kernel lockdown, confidentiality",
         append: "lsm=landlock,lockdown,yama,integrity,apparmor,bpf lockdown=confidentiality",
         script: "",
+        counted: false,
     },
     Variant {
         name: "jit-harden",
         what: "net.core.bpf_jit_harden=2",
         append: LSM_BPF,
         script: "echo 2 >/proc/sys/net/core/bpf_jit_harden",
+        counted: false,
     },
     Variant {
         name: "no-jit",
         what: "net.core.bpf_jit_enable=0",
         append: LSM_BPF,
         script: "echo 0 >/proc/sys/net/core/bpf_jit_enable",
+        counted: false,
     },
     Variant {
         name: "memlock",
         what: "ulimit -l 64 (below 5.11 BPF memory counts against it)",
         append: LSM_BPF,
         script: "ulimit -l 64",
+        counted: false,
     },
     Variant {
         name: "one-cpu",
         what: "one processor",
         append: "maxcpus=1 lsm=landlock,lockdown,yama,integrity,apparmor,bpf",
         script: "",
+        counted: false,
+    },
+    Variant {
+        name: "counted",
+        what: "one processor whose clock counts instructions: one is a nanosecond (QEMU -icount shift=0)",
+        append: LSM_BPF,
+        script: "",
+        counted: true,
     },
 ];
 const LSM_BPF: &str = "lsm=landlock,lockdown,yama,integrity,apparmor,bpf";
@@ -187,7 +203,8 @@ pub(super) fn boot(
     seconds: u64,
     line: &mut dyn FnMut(&str),
 ) -> Result<End> {
-    boot_with(accelerator(kernel), kernel, variant, share, command, seconds, line)
+    let accelerator = if variant.counted { "tcg,thread=single" } else { accelerator(kernel) };
+    boot_with(accelerator, kernel, variant, share, command, seconds, line)
 }
 
 fn boot_with(
@@ -213,7 +230,21 @@ fn boot_with(
         "-accel",
         accelerator,
     ]);
-    qemu.args(["-cpu", "max", "-smp", "2", "-m", MEMORY, "-serial", "stdio", "-device", "virtio-rng-pci"]);
+    if variant.counted {
+        qemu.args(["-icount", "shift=0,sleep=off"]);
+    }
+    qemu.args([
+        "-cpu",
+        "max",
+        "-smp",
+        if variant.counted { "1" } else { "2" },
+        "-m",
+        MEMORY,
+        "-serial",
+        "stdio",
+        "-device",
+        "virtio-rng-pci",
+    ]);
     // The machine's root, read-only, and the share.
     qemu.args(["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]);
     qemu.args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=root", "-fsdev"]);

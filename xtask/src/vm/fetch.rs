@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 
 /// What a guest loads, in this order, each with what it depends on. What a kernel has built in, or has not, yields nothing.
 /// Nothing is loaded by itself in a guest: without the `*_diag` modules there is no inventory of sockets.
-const MODULES: [&str; 40] = [
+const MODULES: [&str; 48] = [
     "9pnet_virtio",
     "9p",
     "virtio_pci",
@@ -29,6 +29,14 @@ const MODULES: [&str; 40] = [
     "macvlan",
     "ipvlan",
     "nf_tables",
+    "nft_ct",
+    "nft_compat",
+    "ip_tables",
+    "iptable_filter",
+    "xt_conntrack",
+    "xt_tcpudp",
+    "xt_set",
+    "ip_set_hash_ipport",
     "sch_ingress",
     "cls_bpf",
     "sctp",
