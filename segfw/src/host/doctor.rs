@@ -238,13 +238,13 @@ fn jit() -> Check {
 fn netns_cookie() -> Check {
     const NAME: &str = "netns-cookie";
     match netns::current_cookie() {
-        Ok(cookie) => Check::ok(NAME, format!("SO_NETNS_COOKIE works (this namespace is {cookie})")),
+        Ok(cookie) => Check::ok(NAME, format!("namespaces can be told apart (this one is {cookie})")),
         Err(error) => Check::bad(
             NAME,
             Level::Warn,
             error,
-            "addresses and sockets found from outside can only be matched to their namespace with a program's help",
-            "use a kernel from 5.14 on",
+            "which address and listener is in which namespace is not known: peers on this host count as unresolved",
+            "use a kernel from 5.14 on, or let nothing at the agent's cgroup refuse further programs",
         ),
     }
 }
