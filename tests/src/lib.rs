@@ -3,6 +3,7 @@
 
 pub mod actor;
 pub mod agent;
+pub mod expected;
 pub mod policy;
 pub mod proto;
 pub mod rows;
