@@ -247,7 +247,8 @@ impl Core {
             lost_events: self.shared.lost.load(Ordering::Relaxed),
             golden_rules: GOLDEN.iter().map(|s| (*s).to_owned()).collect(),
             uncovered: UNCOVERED
-                .iter()
+                .into_iter()
+                .chain(self.datapath.features.less())
                 .map(|(what, consequence)| Uncovered {
                     what: (*what).to_owned(),
                     consequence: (*consequence).to_owned(),
