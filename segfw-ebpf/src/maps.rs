@@ -22,6 +22,22 @@ const RDONLY_PROG: usize = 1 << 7;
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 const SLOTS: usize = bounds::SLOTS as usize;
 
+/// A [`RuleEntry`] as words. Kernels from 5.15 to 6.1 look into the type of a value for timers, and what they note where the
+/// type is a structure without one differs from what they note where no type is known: then they take none of the agent's
+/// maps, which have no types, into a slot.
+type RuleWords = [u64; size_of::<RuleEntry>() / 8];
+/// A [`LocalEntry`] in the same way.
+type LocalWords = [u64; size_of::<LocalEntry>() / 8];
+const _: () = assert!(size_of::<RuleEntry>().is_multiple_of(8) && size_of::<LocalEntry>().is_multiple_of(8));
+
+/// The entry that a value of words holds.
+#[inline(always)]
+fn entry<T: Copy, const N: usize>(words: &[u64; N]) -> T {
+    const { assert!(size_of::<T>() == 8 * N && align_of::<T>() <= 8) };
+    // SAFETY: as long as `T`, which is plain data that the agent wrote.
+    unsafe { words.as_ptr().cast::<T>().read() }
+}
+
 // ---- one generation; written by the agent, frozen before use -------------------------------------------------------
 // The inner sizes are those of the template: the agent creates each inner map with the size the revision needs.
 
@@ -29,11 +45,11 @@ const SLOTS: usize = bounds::SLOTS as usize;
 #[btf_map]
 static CLASSES: ArrayOfMaps<Array<[u16; 65536], { Proto::COUNT as usize }, RDONLY_PROG>, SLOTS> = ArrayOfMaps::new();
 #[btf_map]
-static RULES: ArrayOfMaps<HashMap<RuleKey, RuleEntry, 1, RDONLY_PROG>, SLOTS> = ArrayOfMaps::new();
+static RULES: ArrayOfMaps<HashMap<RuleKey, RuleWords, 1, RDONLY_PROG>, SLOTS> = ArrayOfMaps::new();
 #[btf_map]
-static TIMELINE: ArrayOfMaps<HashMap<u32, RuleEntry, 1, RDONLY_PROG>, SLOTS> = ArrayOfMaps::new();
+static TIMELINE: ArrayOfMaps<HashMap<u32, RuleWords, 1, RDONLY_PROG>, SLOTS> = ArrayOfMaps::new();
 #[btf_map]
-static LOCALS: ArrayOfMaps<HashMap<u32, LocalEntry, 1, RDONLY_PROG>, SLOTS> = ArrayOfMaps::new();
+static LOCALS: ArrayOfMaps<HashMap<u32, LocalWords, 1, RDONLY_PROG>, SLOTS> = ArrayOfMaps::new();
 #[btf_map]
 static PREFIXES: ArrayOfMaps<LpmTrie<Addr, u32, 1, { RDONLY_PROG | NO_PREALLOC }>, SLOTS> = ArrayOfMaps::new();
 
@@ -385,7 +401,7 @@ impl Lookup for Kernel {
     fn local(&self, identity: Identity) -> Option<LocalEntry> {
         let map = LOCALS.get(self.slot)?;
         // SAFETY: frozen map.
-        unsafe { map.get(&identity.0).copied() }
+        unsafe { map.get(&identity.0).map(entry) }
     }
     #[inline(always)]
     fn class(&self, proto: Proto, port: u16) -> u16 {
@@ -398,13 +414,13 @@ impl Lookup for Kernel {
     fn rule(&self, key: &RuleKey) -> Option<RuleEntry> {
         let map = RULES.get(self.slot)?;
         // SAFETY: frozen map.
-        unsafe { map.get(key).copied() }
+        unsafe { map.get(key).map(entry) }
     }
     #[inline(always)]
     fn timeline(&self, index: u32) -> Option<RuleEntry> {
         let map = TIMELINE.get(self.slot)?;
         // SAFETY: frozen map.
-        unsafe { map.get(&index).copied() }
+        unsafe { map.get(&index).map(entry) }
     }
     #[inline(always)]
     fn prefix(&self, addr: &Addr) -> Option<Identity> {

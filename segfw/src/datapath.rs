@@ -8,6 +8,7 @@
 
 pub mod attach;
 pub mod btf;
+pub mod cookie;
 pub mod generation;
 pub mod guard;
 pub mod host_maps;

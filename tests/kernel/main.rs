@@ -7,6 +7,7 @@
 
 mod adoption;
 mod differential;
+mod expected;
 mod frames;
 mod generations;
 mod memory;
@@ -58,7 +59,8 @@ impl Tally {
 
 type Section = (&'static str, fn(&Options, &mut Tally) -> Result<()>);
 
-const SECTIONS: [Section; 6] = [
+const SECTIONS: [Section; 7] = [
+    ("expected", expected::run),
     ("verifier", verifier::run),
     ("differential", differential::run),
     ("packets", packets::run),

@@ -9,7 +9,7 @@ const WALKED: u32 = 1_000_000;
 
 pub(crate) fn run(_: &Options, tally: &mut Tally) -> Result<()> {
     let here = Features::probe();
-    println!("verifier: this kernel has {here:?}");
+    facts(here);
     let mut sets = vec![("as probed", here)];
     if here.set_retval {
         sets.push(("without bpf_set_retval", Features { set_retval: false, ..here }));
@@ -27,10 +27,15 @@ pub(crate) fn run(_: &Options, tally: &mut Tally) -> Result<()> {
     if here.cgroup_made == MadeBy::Event {
         sets.push(("with new cgroups by type", Features { cgroup_made: MadeBy::Types, ..here }));
     }
+    let (mut programs, mut walked) = (0, 0);
     for (what, features) in sets {
         for (program, result) in verify(features)? {
             let result = match result {
                 Ok(info) => {
+                    if features == here {
+                        programs += 1;
+                        walked = walked.max(info.verified);
+                    }
                     println!("verifier: {program} {what}: {} xlated, {} walked", info.instructions, info.verified);
                     // 0 below 5.16, which does not say.
                     if info.verified < WALKED / 2 { Ok(()) } else { Err(anyhow!("too near the limit: {info:?}")) }
@@ -40,7 +45,27 @@ pub(crate) fn run(_: &Options, tally: &mut Tally) -> Result<()> {
             tally.count(format!("{program} {what}"), result);
         }
     }
+    println!("fact programs {programs}");
+    println!("fact walked {}", if walked == 0 { "not told".to_owned() } else { walked.to_string() });
     Ok(())
+}
+
+/// What the programs use here, for the table of kernels that `cargo xtask` writes.
+fn facts(here: Features) {
+    println!("fact reject {}", if here.set_retval { "ECONNREFUSED" } else { "EPERM" });
+    println!("fact packet-namespace {}", if here.skb_netns { "yes" } else { "no" });
+    let process = match here.sock_ops_process {
+        ProcessBy::Helpers => "helpers",
+        ProcessBy::Task => "task_struct",
+        ProcessBy::Nothing => "no",
+    };
+    println!("fact process {process}");
+    let made = match here.cgroup_made {
+        MadeBy::Event => "tracepoint",
+        MadeBy::Types => "BTF tracepoint",
+        MadeBy::Nothing => "no",
+    };
+    println!("fact new-cgroups {made}");
 }
 
 /// The last words of a verifier, which may have said a million lines.

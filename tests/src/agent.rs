@@ -175,7 +175,7 @@ impl Agent {
         if let Some(mut child) = self.child.take() {
             let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
             nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
-            let end = Instant::now() + READY;
+            let end = Instant::now() + READY * crate::slowness();
             while child.try_wait()?.is_none() {
                 if Instant::now() > end {
                     child.kill()?;
@@ -240,7 +240,7 @@ impl Agent {
 
     /// Asks for the status until `done`.
     pub fn wait_until(&mut self, what: &str, done: impl Fn(&Value) -> bool) -> Result<()> {
-        let end = Instant::now() + READY;
+        let end = Instant::now() + READY * crate::slowness();
         let mut last = None;
         while Instant::now() < end {
             if let Some(child) = &mut self.child
@@ -260,7 +260,7 @@ impl Agent {
             Some(Err(e)) => format!("{e:#}"),
             None => String::new(),
         };
-        bail!("after {READY:?} the agent still not {what}; status: {last}\n{}", self.tail())
+        bail!("after {:?} the agent still not {what}; status: {last}\n{}", READY * crate::slowness(), self.tail())
     }
 
     fn tail(&self) -> String {

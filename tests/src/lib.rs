@@ -3,6 +3,7 @@
 
 pub mod actor;
 pub mod agent;
+pub mod expected;
 pub mod policy;
 pub mod proto;
 pub mod rows;
@@ -13,6 +14,15 @@ pub mod world;
 
 use anyhow::{Context, Result, bail};
 use std::path::PathBuf;
+
+/// How many times slower than hardware this machine is: 1, or what `SEGFW_TEST_SLOWNESS` says. `cargo xtask vm` sets it for
+/// emulated guests. Whoever waits for something that must come waits so much longer; no expectation changes.
+pub fn slowness() -> u32 {
+    static SLOWNESS: std::sync::OnceLock<u32> = std::sync::OnceLock::new();
+    *SLOWNESS.get_or_init(|| {
+        std::env::var("SEGFW_TEST_SLOWNESS").ok().and_then(|text| text.parse().ok()).filter(|n| *n > 0).unwrap_or(1)
+    })
+}
 
 /// The path of a binary of this workspace: beside the running one, or one folder up for a test binary.
 /// `SEGFW_BIN` names another `segfw`.

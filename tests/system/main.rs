@@ -1,11 +1,13 @@
 //! `cargo test -p segfw-tests`: the conformance table against the real agent and the real kernel. Needs root.
 //!
 //! Options after `--`: `--baseline-only` (no agent: what must work without segfw), `--filter TEXT`, `--jobs N`,
-//! `--list`, `--check-rules`, `--json FILE`.
+//! `--list`, `--check-rules`, `--json FILE`; `--expected FILE --kernel NAME` (what a kernel lacks: every other skip fails),
+//! `--every N` (every Nth group).
 
 #![allow(clippy::print_stdout, reason = "the lines are the result")]
 
 use anyhow::{Context, Result, bail};
+use segfw_tests::expected::Expected;
 use segfw_tests::table::{End, Options, run, select};
 use segfw_tests::{binary, rows, world};
 use std::path::PathBuf;
@@ -14,6 +16,7 @@ use std::process::{Command, ExitCode};
 fn main() -> Result<ExitCode> {
     let mut options = Options { baseline_only: false, filter: None, jobs: 6, check_rules: false };
     let (mut list, mut json) = (false, None);
+    let (mut expected, mut kernel, mut every) = (None, String::new(), 1);
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
@@ -23,6 +26,9 @@ fn main() -> Result<ExitCode> {
             "--list" => list = true,
             "--filter" => options.filter = Some(value()?),
             "--jobs" => options.jobs = value()?.parse().context("--jobs")?,
+            "--expected" => expected = Some(PathBuf::from(value()?)),
+            "--kernel" => kernel = value()?,
+            "--every" => every = value()?.parse::<usize>().context("--every")?.max(1),
             "--json" => json = Some(PathBuf::from(value()?)),
             // What `cargo test` passes on to every test.
             "--nocapture" | "--quiet" | "-q" => {}
@@ -30,7 +36,8 @@ fn main() -> Result<ExitCode> {
             _ => bail!("unknown option {arg}"),
         }
     }
-    let groups = select(rows::all(), options.filter.as_deref());
+    let expected = expected.map(|file| Expected::read(&file, &kernel)).transpose()?;
+    let groups: Vec<_> = select(rows::all(), options.filter.as_deref()).into_iter().step_by(every).collect();
     let count: usize = groups.iter().map(|g| g.rows.len()).sum();
     if list {
         for group in &groups {
@@ -54,7 +61,10 @@ fn main() -> Result<ExitCode> {
     if !options.baseline_only {
         build_segfw()?;
     }
-    let reports = run(groups, &options);
+    let mut reports = run(groups, &options);
+    if let Some(expected) = expected {
+        expected.apply(&mut reports);
+    }
 
     let json = json.unwrap_or_else(default_json);
     let draft = json.with_extension(format!("{}.tmp", std::process::id()));

@@ -6,10 +6,10 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Totals {
-    passed: u64,
-    failed: u64,
-    skipped: u64,
+pub(crate) struct Totals {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
+    pub(crate) skipped: u64,
 }
 
 impl Totals {
@@ -20,8 +20,14 @@ impl Totals {
     }
 }
 
-/// `args` go to the system tests.
+/// `args` go to the system tests; `--kernels LIST` runs the guests of these kernels and nothing else.
 pub(crate) fn test(args: &[String]) -> Result<()> {
+    if let Some((option, rest)) = args.split_first()
+        && option == "--kernels"
+    {
+        let [list] = rest else { bail!("--kernels needs one list: all, or 5.10,6.1,... (xtask/kernels.lock)") };
+        return crate::vm::suites::test(list, 1, list == "all");
+    }
     let mut totals = Totals::default();
     let mut broken = Vec::new();
     if args.is_empty() {
@@ -42,6 +48,10 @@ pub(crate) fn test(args: &[String]) -> Result<()> {
     step(&mut system, &mut totals, &mut broken)?;
     if args.is_empty() {
         others(&mut totals, &mut broken)?;
+        say("other kernels, in guests");
+        // A process of its own, as the other tests: its lines are read as theirs are.
+        let mut guests = Command::new(std::env::current_exe().context("the path of xtask")?);
+        step(guests.args(["vm", "test"]), &mut totals, &mut broken)?;
     }
     let Totals { passed, failed, skipped } = totals;
     println!();
@@ -93,7 +103,7 @@ fn step(command: &mut Command, totals: &mut Totals, broken: &mut Vec<String>) ->
 }
 
 /// `test result: ok. 3 passed; 0 failed; 1 ignored; …` of libtest, or our own `3 passed, 0 failed, 1 skipped`.
-fn summary(line: &str) -> Option<Totals> {
+pub(crate) fn summary(line: &str) -> Option<Totals> {
     let text = match line.strip_prefix("test result: ") {
         Some(rest) => rest.split_once(". ")?.1,
         None if line.ends_with(" skipped") => line,

@@ -245,10 +245,11 @@ impl Core {
             lost_events: self.shared.lost.load(Ordering::Relaxed),
             golden_rules: GOLDEN.iter().map(|s| (*s).to_owned()).collect(),
             uncovered: UNCOVERED
-                .iter()
+                .into_iter()
                 .filter(|(what, _)| {
                     !(FAMILIES.contains(what) && self.checks.as_ref().is_some_and(|c| c.family.is_ok()))
                 })
+                .chain(self.datapath.features.less())
                 .map(|(what, consequence)| Uncovered {
                     what: (*what).to_owned(),
                     consequence: (*consequence).to_owned(),

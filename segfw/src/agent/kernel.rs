@@ -98,7 +98,7 @@ impl Core {
                 let _ = self.troubles.remove("tracepoint");
             }
             Err(error) => {
-                let _ = self.troubles.insert("tracepoint", trouble(&format!("new cgroups are not seen by the kernel: {error}"), "a workload that starts counts as host until the agent has seen it, and for good while no agent runs", "mount tracefs at /sys/kernel/tracing; grant CAP_PERFMON"));
+                let _ = self.troubles.insert("tracepoint", trouble(&format!("new cgroups are not seen by the kernel: {error}"), "a workload that starts counts as host until the agent has seen it, and for good while no agent runs", "mount tracefs at /sys/kernel/tracing (below 6.1: BTF); grant CAP_PERFMON; no lockdown=confidentiality"));
             }
         }
         for layout in attach::remove_other_layouts(&self.config.pin_dir, &self.datapath.dir)? {

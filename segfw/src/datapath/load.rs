@@ -2,7 +2,8 @@
 
 use super::attach::{CGROUP_MADE, CGROUP_MADE_BY_TYPE};
 use super::btf::Btf;
-use super::security::{self, Instruction};
+use super::security;
+use super::sys::Instruction;
 use super::{Error, sys};
 use aya::maps::Map;
 use aya::programs::{BtfTracePoint, CgroupSkb, CgroupSock, CgroupSockAddr, Program, SockOps, TracePoint, Xdp};
@@ -124,6 +125,34 @@ impl Features {
                 MadeBy::Nothing
             },
         }
+    }
+
+    /// What this kernel cannot do for us, each with what that means. Nothing here lets a flow pass that a policy refuses.
+    pub fn less(self) -> Vec<(&'static str, &'static str)> {
+        let all = [
+            (
+                self.set_retval,
+                "`reject` at the sender (this kernel has no bpf_set_retval; it came with 5.18)",
+                "a rejected connect or send fails with EPERM and not with ECONNREFUSED",
+            ),
+            (
+                self.skb_netns,
+                "the namespace of packets (cgroup_skb programs may not call bpf_get_netns_cookie here; 6.15 brought it)",
+                "a socket that is older than the programs knows its peers on loopback only once its process has used it; until \
+                 then they are unresolved, which is refused",
+            ),
+            (
+                self.sock_ops_process != ProcessBy::Nothing,
+                "who connects (sock_ops programs may not ask here)",
+                "records of TCP connections that were allowed name no process; those of refused ones do",
+            ),
+            (
+                self.cgroup_made != MadeBy::Nothing,
+                "new cgroups (programs may not read the kernel's memory here: lockdown=confidentiality, or no BTF below 6.1)",
+                "a workload that starts counts as host until the agent has seen it, and for good while no agent runs",
+            ),
+        ];
+        all.into_iter().filter(|(there, ..)| !there).map(|(_, what, means)| (what, means)).collect()
     }
 
     /// The constants of the object.

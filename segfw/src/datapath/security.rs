@@ -8,6 +8,7 @@
 
 use super::attach::{Outcome, pin_over};
 use super::btf::Btf;
+use super::sys::{Instruction, instruction};
 use super::{Datapath, Error, sys};
 use segfw_common::conn::{AF_UNIX, CANARY_PROTOCOL, Layout};
 use segfw_common::{Identity, Listener};
@@ -77,9 +78,6 @@ pub fn layout(btf: &Btf) -> Option<Layout> {
     })
 }
 
-/// One instruction of a program (`struct bpf_insn`), as bytes.
-pub type Instruction = [u8; 8];
-
 /// A protocol that nobody else asks for: see [`Door::find`].
 const PROBE_PROTOCOL: u32 = 0x5e9e;
 
@@ -104,13 +102,12 @@ impl Door {
 
     fn try_out(self, btf: &Btf) -> io::Result<bool> {
         // r2 = arguments[2] (protocol); r0 = -EPERM; if its low 32 bits are PROBE_PROTOCOL exit; r0 = 0; exit.
-        let [a, b, c, d] = PROBE_PROTOCOL.to_le_bytes();
-        let code: [Instruction; 5] = [
-            [0x79, 0x12, 16, 0, 0, 0, 0, 0],
-            [0xb7, 0, 0, 0, 0xff, 0xff, 0xff, 0xff],
-            [0x16, 2, 1, 0, a, b, c, d],
-            [0xb7, 0, 0, 0, 0, 0, 0, 0],
-            [0x95, 0, 0, 0, 0, 0, 0, 0],
+        let code = [
+            instruction(0x79, 0x12, 16, 0),
+            instruction(0xb7, 0, 0, -1),
+            instruction(0x16, 2, 1, PROBE_PROTOCOL as i32),
+            instruction(0xb7, 0, 0, 0),
+            instruction(0x95, 0, 0, 0),
         ];
         let program = self.load(btf, &FAMILY, &code, "segfw_probe")?;
         let _link = sys::tracing_attach(program.as_fd())?;
@@ -123,7 +120,7 @@ impl Door {
         let id = btf.function(&function, check.arguments).ok_or_else(|| {
             io::Error::new(io::ErrorKind::Unsupported, format!("this kernel has no {function} as we know it"))
         })?;
-        sys::program_load(kind, attach_type, id, code, name)
+        sys::tracing_load(kind, attach_type, id, code, name)
     }
 }
 

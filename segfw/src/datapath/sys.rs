@@ -312,7 +312,13 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
 
 /// Loads a program of the tracing family (BPF LSM, `fmod_ret`) for the kernel function with this BTF number. The error has
 /// the end of what the verifier said.
-pub fn program_load(kind: u32, attach_type: u32, function: u32, code: &[[u8; 8]], name: &str) -> io::Result<OwnedFd> {
+pub fn tracing_load(
+    kind: u32,
+    attach_type: u32,
+    function: u32,
+    code: &[Instruction],
+    name: &str,
+) -> io::Result<OwnedFd> {
     const BPF_PROG_LOAD: u32 = 5;
     let license = c"GPL";
     let attr = || {
@@ -461,40 +467,48 @@ pub const FN_GET_NETNS_COOKIE: i32 = 122;
 /// Whether programs of a type may call these helpers here. Asked of the verifier and not of the version: helpers came to
 /// each type at another time, distributions bring them to older kernels, and lockdown takes some away.
 pub fn has_helpers(program_type: u32, helpers: &[i32]) -> bool {
-    const BPF_PROG_LOAD: u32 = 5;
-    let mut code: Vec<[u8; 8]> = Vec::new();
-    let mut push = |op: u8, registers: u8, offset: i16, value: i32| {
-        let [o0, o1] = offset.to_ne_bytes();
-        let [v0, v1, v2, v3] = value.to_ne_bytes();
-        code.push([op, registers, o0, o1, v0, v1, v2, v3]);
-    };
     // r6 = the context.
-    push(0xbf, 0x16, 0, 0);
+    let mut code = vec![instruction(0xbf, 0x16, 0, 0)];
     for helper in helpers {
         match *helper {
             // (context)
-            FN_GET_NETNS_COOKIE => push(0xbf, 0x61, 0, 0),
+            FN_GET_NETNS_COOKIE => code.push(instruction(0xbf, 0x61, 0, 0)),
             // (16 bytes of the stack, their number, any address)
-            FN_GET_CURRENT_COMM | FN_PROBE_READ_KERNEL => {
-                push(0xbf, 0xa1, 0, 0);
-                push(0x07, 0x01, 0, -16);
-                push(0xb7, 0x02, 0, 16);
-                push(0xb7, 0x03, 0, 0);
-            }
+            FN_GET_CURRENT_COMM | FN_PROBE_READ_KERNEL => code.extend([
+                instruction(0xbf, 0xa1, 0, 0),
+                instruction(0x07, 1, 0, -16),
+                instruction(0xb7, 2, 0, 16),
+                instruction(0xb7, 3, 0, 0),
+            ]),
             _ => {}
         }
-        push(0x85, 0, 0, *helper);
+        code.push(instruction(0x85, 0, 0, *helper));
     }
     // return 1
-    push(0xb7, 0, 0, 1);
-    push(0x95, 0, 0, 0);
+    code.extend([instruction(0xb7, 0, 0, 1), instruction(0x95, 0, 0, 0)]);
+    program_load(program_type, 0, &code).is_ok()
+}
+
+/// `struct bpf_insn`.
+pub type Instruction = [u8; 8];
+
+/// An instruction; `registers` = source << 4 | destination.
+pub fn instruction(op: u8, registers: u8, offset: i16, value: i32) -> Instruction {
+    let ([o0, o1], [v0, v1, v2, v3]) = (offset.to_ne_bytes(), value.to_ne_bytes());
+    [op, registers, o0, o1, v0, v1, v2, v3]
+}
+
+/// Loads a program that was written by hand.
+pub fn program_load(kind: u32, attach_type: u32, code: &[Instruction]) -> io::Result<OwnedFd> {
+    const BPF_PROG_LOAD: u32 = 5;
     let license = c"GPL";
-    let mut attr = Attr::new()
-        .u32(0, program_type)
+    Attr::new()
+        .u32(0, kind)
         .u32(4, code.len() as u32)
         .u64(8, code.as_ptr() as u64)
-        .u64(16, license.as_ptr() as u64);
-    attr.call_fd(BPF_PROG_LOAD).is_ok()
+        .u64(16, license.as_ptr() as u64)
+        .u32(68, attach_type)
+        .call_fd(BPF_PROG_LOAD)
 }
 
 /// Runs a program once on `input` (`BPF_PROG_TEST_RUN`); its return value.

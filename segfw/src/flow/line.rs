@@ -42,6 +42,7 @@ impl Lines {
             protocol,
             icmp,
             socket_type,
+            family,
             rule,
             policy,
             revision,
@@ -82,6 +83,7 @@ impl Lines {
             out.push(b'}');
         }
         named(b",\"socket_type\":", socket_type.as_ref(), out);
+        named(b",\"family\":", family.as_ref(), out);
         named(b",\"rule\":", rule.as_ref(), out);
         named(b",\"policy\":", policy.as_ref(), out);
         counted(b",\"revision\":", *revision, out);

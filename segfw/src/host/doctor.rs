@@ -5,12 +5,13 @@ use super::netns;
 use super::proc::{self, Capabilities, Capability};
 use super::sockdiag::{DestroyError, Diag, Sock};
 use crate::config::RuntimeConfig;
+use crate::datapath::load::Features;
 use std::io;
 use std::net::TcpListener;
 use std::path::Path;
 use std::{fmt, fs};
 
-/// The oldest kernel this program is made for. (So far it is tested on 6.18 only.)
+/// The oldest kernel this program is made for; `docs/kernels.md` is what was tested.
 pub const OLDEST_KERNEL: (u32, u32) = (5, 10);
 
 /// Watches one user may have before the cgroup watcher can be expected to run out: one per cgroup.
@@ -57,6 +58,7 @@ pub fn checks() -> Vec<Check> {
     checks.extend(capabilities());
     checks.extend([
         jit(),
+        helpers(),
         netns_cookie(),
         sock_destroy(),
         sock_inventory(),
@@ -235,16 +237,32 @@ fn jit() -> Check {
     }
 }
 
+/// What programs may call here: asked of the verifier, which needs the right to load some.
+fn helpers() -> Check {
+    const NAME: &str = "helpers";
+    let may = Capabilities::held().is_ok_and(|held| held.has(Capability::SysAdmin) || held.has(Capability::Bpf));
+    if !may {
+        return Check::ok(NAME, "not asked: that needs CAP_BPF");
+    }
+    let less = Features::probe().less();
+    if less.is_empty() {
+        return Check::ok(NAME, "programs may call all they can use");
+    }
+    let (what, consequence): (Vec<_>, Vec<_>) = less.into_iter().unzip();
+    let remedy = "none needed: this is a matter of the kernel's version; docs/kernels.md says what each has";
+    Check::bad(NAME, Level::Warn, format!("less of: {}", what.join("; ")), &consequence.join("; "), remedy)
+}
+
 fn netns_cookie() -> Check {
     const NAME: &str = "netns-cookie";
     match netns::current_cookie() {
-        Ok(cookie) => Check::ok(NAME, format!("SO_NETNS_COOKIE works (this namespace is {cookie})")),
+        Ok(cookie) => Check::ok(NAME, format!("namespaces can be told apart (this one is {cookie})")),
         Err(error) => Check::bad(
             NAME,
             Level::Warn,
             error,
-            "addresses and sockets found from outside can only be matched to their namespace with a program's help",
-            "use a kernel from 5.14 on",
+            "which address and listener is in which namespace is not known: peers on this host count as unresolved",
+            "use a kernel from 5.14 on, or let nothing at the agent's cgroup refuse further programs",
         ),
     }
 }

@@ -5,6 +5,7 @@
 //! root still judge what happens there; only the inventory and SOCK_DESTROY do not reach it.
 
 use super::proc;
+use crate::datapath::cookie;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use std::collections::{BTreeSet, HashMap};
@@ -36,9 +37,11 @@ pub enum Error {
     /// No thread.
     #[error("cannot start a thread for a network namespace: {0}")]
     Thread(#[source] io::Error),
-    /// The kernel is older than 5.14.
-    #[error("this kernel has no SO_NETNS_COOKIE (it came with 5.14); ask a BPF program instead")]
-    NoCookie,
+    /// The kernel is older than 5.14, and a program could not tell either.
+    #[error(
+        "this kernel has no SO_NETNS_COOKIE (it came with 5.14), and a program of ours at the agent's cgroup did not tell: {0}"
+    )]
+    NoCookie(String),
     /// `/proc` cannot be read.
     #[error("cannot list network namespaces: {0}")]
     List(#[source] io::Error),
@@ -143,7 +146,20 @@ pub fn current_cookie() -> Result<u64, Error> {
             &raw mut length,
         )
     };
-    if result == 0 { Ok(cookie) } else { Err(Error::NoCookie) }
+    if result == 0 { Ok(cookie) } else { cookie_by_program() }
+}
+
+/// [`current_cookie`] before 5.14.
+fn cookie_by_program() -> Result<u64, Error> {
+    let unknown = |what: String| Error::NoCookie(what);
+    let hierarchy = super::cgroup::Hierarchy::find().map_err(|e| unknown(e.to_string()))?;
+    let text = fs::read_to_string("/proc/self/cgroup").map_err(|e| unknown(e.to_string()))?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"));
+    let path = path.ok_or_else(|| unknown("this process is in no cgroup v2".to_owned()))?;
+    cookie::of_thread(&hierarchy.mount.join(path), || {
+        socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None).map_err(io::Error::from)
+    })
+    .map_err(|e| unknown(e.to_string()))
 }
 
 /// Addresses in the namespace the calling thread is in.
@@ -162,12 +178,6 @@ pub fn current_addresses() -> io::Result<Vec<IpAddr>> {
 
 /// Every namespace of this machine. Costs two reads per process and one `setns` per namespace.
 pub fn survey() -> Result<Survey, Error> {
-    survey_with(current_cookie)
-}
-
-/// [`survey`] with another way to learn the cookie of the current thread's namespace, for kernels before 5.14, where
-/// only a BPF program can tell.
-pub fn survey_with(cookie: impl Fn() -> Result<u64, Error> + Send) -> Result<Survey, Error> {
     let mut survey = Survey::default();
     let found = find(&mut survey.skipped)?;
     // One thread for all of them: it changes namespace as often as it likes and then ends.
@@ -179,7 +189,7 @@ pub fn survey_with(cookie: impl Fn() -> Result<u64, Error> + Send) -> Result<Sur
                 survey.skipped.push((first, Error::Enter(error.into()).to_string()));
                 continue;
             }
-            let cookie = cookie()?;
+            let cookie = current_cookie()?;
             match current_addresses() {
                 Ok(addresses) => {
                     let self_made = !own && self_made(&fd);

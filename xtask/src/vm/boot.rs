@@ -12,6 +12,12 @@ use std::sync::OnceLock;
 
 /// How long KVM may take for a boot that does nothing, in seconds. Emulated it takes 8 to 20: slower than that is no KVM.
 const KVM_TRIAL: u64 = 20;
+const KVM: &str = "kvm";
+/// Any processor, every CPU of the guest a thread.
+const TCG: &str = "tcg,thread=multi";
+/// How many times longer tests wait in an emulated guest (see `segfw_tests::slowness`). A single thread is some 15 times
+/// slower than hardware, but what is waited for is mostly short.
+const EMULATED_SLOWNESS: u32 = 5;
 /// Memory of a guest, MiB.
 const MEMORY: &str = "2048";
 /// Line that a guest prints when its command begins.
@@ -140,10 +146,10 @@ fn quoted(word: &str) -> String {
 }
 
 /// What the guest runs on this machine's root: mounts, the command, its status, the end.
-fn script(variant: Variant, command: &[String]) -> String {
+fn script(accelerator: &str, variant: Variant, command: &[String]) -> String {
     let words: Vec<String> = command.iter().map(|w| quoted(w)).collect();
     format!(
-        "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp TMPDIR=/tmp SEGFW_VM=1
+        "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp TMPDIR=/tmp SEGFW_TEST_SLOWNESS={}
 mount -t bpf b /sys/fs/bpf; mount -t cgroup2 c /sys/fs/cgroup; mount -t securityfs s /sys/kernel/security
 mount -t tracefs t /sys/kernel/tracing
 ip link set lo up
@@ -155,6 +161,7 @@ rc=$?; echo; echo \"RC=$rc\"
 echo DONE
 sync; echo o >/proc/sysrq-trigger; sleep 60
 ",
+        if accelerator == KVM { 1 } else { EMULATED_SLOWNESS },
         quoted(&root().display().to_string()),
         variant.script,
         words.join(" ")
@@ -164,7 +171,6 @@ sync; echo o >/proc/sysrq-trigger; sleep 60
 /// The accelerator for all guests of this run: KVM where a guest boots with it, else emulation.
 fn accelerator(kernel: &Ready) -> &'static str {
     static CHOSEN: OnceLock<&str> = OnceLock::new();
-    const TCG: &str = "tcg,thread=multi";
     CHOSEN.get_or_init(|| {
         if !Path::new("/dev/kvm").exists() {
             return TCG;
@@ -179,7 +185,7 @@ fn accelerator(kernel: &Ready) -> &'static str {
             _ => {
                 let works = Share::new("kvm-trial").is_ok_and(|share| {
                     let command = ["true".to_owned()];
-                    let ended = boot_with("kvm", kernel, VARIANTS[0], &share, &command, KVM_TRIAL, &mut |_| ());
+                    let ended = boot_with(KVM, kernel, VARIANTS[0], &share, &command, KVM_TRIAL, &mut |_| ());
                     ended.is_ok_and(|end| end == End::Exit(0))
                 });
                 let _ = fs::write(&memo, format!("{} {}", boot.trim(), if works { "works" } else { "does not work" }));
@@ -190,7 +196,7 @@ fn accelerator(kernel: &Ready) -> &'static str {
             true => "guests run with KVM",
             false => "guests are emulated: /dev/kvm is there, and a guest does not boot with it",
         });
-        if works { "kvm" } else { TCG }
+        if works { KVM } else { TCG }
     })
 }
 
@@ -216,7 +222,7 @@ fn boot_with(
     seconds: u64,
     line: &mut dyn FnMut(&str),
 ) -> Result<End> {
-    fs::write(share.path().join("boot.sh"), script(variant, command))?;
+    fs::write(share.path().join("boot.sh"), script(accelerator, variant, command))?;
     // Not in the background: Ctrl-C must reach QEMU.
     let mut qemu = Command::new("timeout");
     qemu.args(["--foreground", "-k", "5", &seconds.to_string(), "qemu-system-x86_64"]);
@@ -338,7 +344,7 @@ mod tests {
 
     #[test]
     fn words_reach_the_guest_as_they_are() {
-        let text = script(VARIANTS[0], &["echo".to_owned(), "it's $HOME".to_owned()]);
+        let text = script(KVM, VARIANTS[0], &["echo".to_owned(), "it's $HOME".to_owned()]);
         assert!(text.contains(r"( exec 'echo' 'it'\''s $HOME' )"), "{text}");
     }
 }

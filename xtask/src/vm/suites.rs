@@ -1,0 +1,189 @@
+//! What runs in guests: every program through the kernel's verifier, then the conformance table against the real agent.
+
+use super::boot::{self, End, Share};
+use super::{fetch, folder, lock};
+use crate::{cargo, root, say, target};
+use anyhow::{Context, Result, bail, ensure};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Stdio;
+
+/// Kernels that every run of all tests boots: the oldest, the one that differs most from both ends, and the newest.
+pub(crate) const ALWAYS: &str = "oldest,6.1,newest";
+/// Of the table they run every so-maniest group: the whole takes a guest too long for every change, and groups, each with
+/// a policy and an agent of its own, are what differs between kernels. `--kernels` runs all of it.
+pub(crate) const PART: usize = 9;
+/// Groups at a time in a guest of two processors: waiting is most of what they do.
+const JOBS: usize = 6;
+/// How long a guest may take for the whole table and for the part, in seconds.
+const WHOLE: u64 = 3600;
+const PARTLY: u64 = 900;
+/// Where the README holds the table of kernels, and the file that the runs write.
+const BEGIN: &str = "<!-- kernels: written by `cargo xtask test --kernels all` -->";
+const END: &str = "<!-- end of kernels -->";
+const TABLE: &str = "docs/kernels.md";
+
+/// What a guest said.
+#[derive(Debug, Default)]
+struct Told {
+    facts: BTreeMap<String, String>,
+    passed: u64,
+    failed: u64,
+    skipped: u64,
+    /// Summaries that were read: one of each suite.
+    suites: u32,
+    /// Why rows were skipped.
+    why: Vec<String>,
+}
+
+impl Told {
+    fn line(&mut self, line: &str) {
+        if let Some((name, value)) = line.strip_prefix("fact ").and_then(|l| l.split_once(' ')) {
+            let _ = self.facts.insert(name.to_owned(), value.to_owned());
+        } else if let Some(totals) = crate::totals::summary(line) {
+            self.passed += totals.passed;
+            self.failed += totals.failed;
+            self.skipped += totals.skipped;
+            self.suites += 1;
+        } else if let Some(why) = line.strip_prefix("skip ").and_then(|l| l.split_once("]: ")) {
+            let why = why.1.to_owned();
+            if !self.why.contains(&why) {
+                self.why.push(why);
+            }
+        }
+    }
+}
+
+/// Runs both suites on the kernels; `every` = which part of the table. One line of totals per kernel, as the other tests print.
+pub(crate) fn test(names: &str, every: usize, write: bool) -> Result<()> {
+    let kernels = fetch::all(&lock::select(&[names.to_owned()])?)?;
+    let [kernel_tests, system_tests] = build()?;
+    let mut lost = Vec::new();
+    let mut rows = Vec::new();
+    for kernel in &kernels {
+        say(&format!("kernel {} ({})", kernel.name, kernel.release));
+        let share = Share::new(&kernel.name)?;
+        let table = format!(
+            "{} --expected tests/kernels.expected --kernel {} --jobs {JOBS} --every {every} --json /run/vm/table.json",
+            system_tests.display(),
+            kernel.name
+        );
+        // Both run, whatever the first one says.
+        let script = format!(
+            "export SEGFW_BIN={}/debug/segfw; {} verifier; a=$?; {table} && exit $a",
+            target().display(),
+            kernel_tests.display()
+        );
+        let command = ["sh".to_owned(), "-c".to_owned(), script];
+        let mut told = Told::default();
+        let seconds = if every == 1 { WHOLE } else { PARTLY };
+        let end = boot::boot(kernel, boot::VARIANTS[0], &share, &command, seconds, &mut |line| {
+            told.line(line);
+            // Rows that passed would be two thousand lines a kernel.
+            if !line.starts_with("ok ") && !line.starts_with("verifier: ") && crate::totals::summary(line).is_none() {
+                println!("{line}");
+            }
+        })?;
+        let results = folder().join("results");
+        fs::create_dir_all(&results)?;
+        let _ = fs::copy(share.path().join("table.json"), results.join(format!("{}.json", kernel.name)));
+        if end == End::Lost || told.suites < 2 {
+            lost.push(kernel.name.clone());
+            told.failed += 1;
+        }
+        println!("{} passed, {} failed, {} skipped", told.passed, told.failed, told.skipped);
+        rows.push(row(&kernel.name, &kernel.release, &told));
+    }
+    if write && lost.is_empty() {
+        write_table(&rows)?;
+    }
+    ensure!(lost.is_empty(), "guests that did not come to their end: {}", lost.join(", "));
+    Ok(())
+}
+
+/// The test binaries of the kernel and of the system tests, and the programs they start.
+fn build() -> Result<[PathBuf; 2]> {
+    crate::run(cargo().args(["build", "--quiet", "--package", "segfw", "--package", "segfw-tests", "--bins"]))?;
+    let output = cargo()
+        .args(["test", "--quiet", "--no-run", "--message-format=json", "--package", "segfw-tests"])
+        .args(["--test", "kernel", "--test", "system"])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cargo test --no-run")?;
+    ensure!(output.status.success(), "the tests do not build");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let find = |name: &str| -> Result<PathBuf> {
+        let mark = format!("\"kind\":[\"test\"],\"crate_types\":[\"bin\"],\"name\":\"{name}\"");
+        let line = text.lines().find(|l| l.contains(&mark)).with_context(|| format!("cargo built no test {name}"))?;
+        let path = line.split("\"executable\":\"").nth(1).and_then(|rest| rest.split('"').next());
+        path.map(PathBuf::from).with_context(|| format!("cargo names no file for the test {name}"))
+    };
+    Ok([find("kernel")?, find("system")?])
+}
+
+/// A kernel's row of the table.
+fn row(name: &str, release: &str, told: &Told) -> String {
+    let fact = |name: &str| told.facts.get(name).map_or("?", String::as_str);
+    let why = if told.why.is_empty() { String::new() } else { format!(" ({})", told.why.join("; ")) };
+    format!(
+        "| {name} | {release} | {} ({}) | {} | {} | {} | {} | {} | {}{why} |\n",
+        fact("programs"),
+        fact("walked"),
+        fact("reject"),
+        fact("process"),
+        fact("new-cgroups"),
+        fact("packet-namespace"),
+        told.passed,
+        told.skipped
+    )
+}
+
+fn write_table(rows: &[String]) -> Result<()> {
+    let text = format!(
+        "| kernel | tested build | programs loaded (most instructions walked) | `reject` reads as | who connects, in records of \
+         allowed TCP | new cgroups known by | sockets older than the agent know their namespace from the first packet | tests \
+         passed | rows skipped |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n{}",
+        rows.concat()
+    );
+    fs::write(root().join(TABLE), format!("{BEGIN}\n{text}{END}\n"))?;
+    let path = root().join("README.md");
+    let readme = fs::read_to_string(&path)?;
+    let Some((before, _, after)) = parts(&readme) else { bail!("README.md has no {BEGIN}") };
+    fs::write(&path, format!("{before}{BEGIN}\n{text}{END}{after}"))?;
+    say(&format!("written: {TABLE}, and the same in README.md"));
+    Ok(())
+}
+
+/// What is before, between and after the marks.
+fn parts(text: &str) -> Option<(&str, &str, &str)> {
+    let (before, rest) = text.split_once(BEGIN)?;
+    let (between, after) = rest.split_once(END)?;
+    Some((before, between, after))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The README prints the very table that the runs wrote.
+    #[test]
+    fn the_readme_has_the_table_of_the_runs() {
+        let read = |name: &str| fs::read_to_string(root().join(name)).expect(name);
+        let (table, readme) = (read(TABLE), read("README.md"));
+        let ours = parts(&table).expect("docs/kernels.md has a table").1;
+        let theirs = parts(&readme).expect("README.md has a table of kernels").1;
+        assert!(ours == theirs, "README.md and {TABLE} differ: `cargo xtask test --kernels all` writes both");
+    }
+
+    #[test]
+    fn a_guest_is_understood() {
+        let mut told = Told::default();
+        let said = "fact programs 14\nskip 155 tcp4 egress mptcp [bypass]: not built\nskip 156 x [y]: not built\n\
+                    14 passed, 0 failed, 0 skipped\nok 1 a [b]\n8 passed, 1 failed, 2 skipped";
+        said.lines().for_each(|line| told.line(line));
+        assert_eq!((told.passed, told.failed, told.skipped, told.suites), (22, 1, 2, 2));
+        assert_eq!(told.why, ["not built"]);
+        assert!(row("6.1", "6.1.0", &told).starts_with("| 6.1 | 6.1.0 | 14 (?) | ?"));
+    }
+}
