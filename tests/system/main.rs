@@ -2,7 +2,7 @@
 //!
 //! Options after `--`: `--baseline-only` (no agent: what must work without segfw), `--filter TEXT`, `--jobs N`,
 //! `--list`, `--check-rules`, `--json FILE`; `--expected FILE --kernel NAME` (what a kernel lacks: every other skip fails),
-//! `--every N` (every Nth group).
+//! `--part K/N` (every Nth group from the Kth on, counted from 0).
 
 #![allow(clippy::print_stdout, reason = "the lines are the result")]
 
@@ -16,7 +16,7 @@ use std::process::{Command, ExitCode};
 fn main() -> Result<ExitCode> {
     let mut options = Options { baseline_only: false, filter: None, jobs: 6, check_rules: false };
     let (mut list, mut json) = (false, None);
-    let (mut expected, mut kernel, mut every) = (None, String::new(), 1);
+    let (mut expected, mut kernel, mut part) = (None, String::new(), (0, 1));
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
@@ -28,7 +28,11 @@ fn main() -> Result<ExitCode> {
             "--jobs" => options.jobs = value()?.parse().context("--jobs")?,
             "--expected" => expected = Some(PathBuf::from(value()?)),
             "--kernel" => kernel = value()?,
-            "--every" => every = value()?.parse::<usize>().context("--every")?.max(1),
+            "--part" => {
+                let text = value()?;
+                let (first, every) = text.split_once('/').context("--part needs K/N")?;
+                part = (first.parse::<usize>().context("--part")?, every.parse::<usize>().context("--part")?.max(1));
+            }
             "--json" => json = Some(PathBuf::from(value()?)),
             // What `cargo test` passes on to every test.
             "--nocapture" | "--quiet" | "-q" => {}
@@ -37,7 +41,8 @@ fn main() -> Result<ExitCode> {
         }
     }
     let expected = expected.map(|file| Expected::read(&file, &kernel)).transpose()?;
-    let groups: Vec<_> = select(rows::all(), options.filter.as_deref()).into_iter().step_by(every).collect();
+    let groups: Vec<_> =
+        select(rows::all(), options.filter.as_deref()).into_iter().skip(part.0).step_by(part.1).collect();
     let count: usize = groups.iter().map(|g| g.rows.len()).sum();
     if list {
         for group in &groups {

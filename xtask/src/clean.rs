@@ -23,7 +23,10 @@ fn packages() -> Result<()> {
 
 pub(crate) fn run() -> Result<()> {
     sweep();
+    crate::vm::clean();
     packages()?;
-    say("clean (target/tools and the dependencies' builds are kept; `cargo clean` removes them too)");
+    say(
+        "clean (target/tools, kernels in target/vm and the dependencies' builds are kept; `cargo clean` removes them too)",
+    );
     Ok(())
 }

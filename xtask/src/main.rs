@@ -25,12 +25,13 @@ cargo xtask COMMAND
   ci      lint, then test
   dist    Packages into target/dist: deb, rpm, tarball, OCI image, SBOM, SHA256SUMS (--profile dev, --only KIND)
   vm      Debian's kernels under QEMU: `cargo xtask vm help`
-  clean   Remove what interrupted test runs left in the kernel, then run cargo clean (target/tools stays)
+  clean   Remove what interrupted test runs left in the kernel, then run cargo clean (target/tools and target/vm stay)
 
 `demo` and `test` run `setup` by themselves. Words after `--` go to the system tests:
   cargo xtask test -- --filter bypass       only these rows
   cargo xtask test -- --baseline-only       what must work without segfw
-  cargo xtask test -- --list                the table";
+  cargo xtask test -- --list                the table
+  cargo xtask test --kernels all            verifier and table on other kernels, in guests (all, or 5.10,6.1,...)";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

@@ -26,7 +26,7 @@ pub(crate) fn test(args: &[String]) -> Result<()> {
         && option == "--kernels"
     {
         let [list] = rest else { bail!("--kernels needs one list: all, or 5.10,6.1,... (xtask/kernels.lock)") };
-        return crate::vm::suites::test(list, 1, list == "all");
+        return crate::vm::suites::test(list, crate::vm::suites::ALL, list == "all");
     }
     let mut totals = Totals::default();
     let mut broken = Vec::new();

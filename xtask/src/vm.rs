@@ -71,6 +71,19 @@ fn in_part() -> Result<()> {
     suites::test(suites::ALWAYS, suites::PART, false)
 }
 
+/// Removes what interrupted runs left beside the kernels: shares and half-made kernels.
+pub(crate) fn clean() {
+    for entry in std::fs::read_dir(folder()).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let owner = name.strip_prefix("run-").and_then(|rest| rest.split('-').next());
+        let owner = owner.or_else(|| name.strip_prefix('.').and_then(|rest| rest.rsplit('-').next()));
+        if owner.is_some_and(|pid| pid.parse::<u32>().is_ok() && !std::path::Path::new("/proc").join(pid).exists()) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 struct Options {
     kernels: Vec<String>,
     variant: Variant,
