@@ -229,8 +229,7 @@ fn transport<B: Bytes + ?Sized>(b: &B, at: u32, packet: &mut Packet) -> Result<(
     }
     let ports;
     if kind == PORTS_AND_FLAGS {
-        let [p0, p1, p2, p3, q0, q1, q2, q3, _, _, _, _, _, flags] =
-            b.bytes::<14>(at).ok_or(ParseError::Truncated)?;
+        let [p0, p1, p2, p3, q0, q1, q2, q3, _, _, _, _, _, flags] = b.bytes::<14>(at).ok_or(ParseError::Truncated)?;
         ports = [p0, p1, p2, p3];
         packet.sequence = u32::from_be_bytes([q0, q1, q2, q3]);
         packet.tcp_flags = flags;

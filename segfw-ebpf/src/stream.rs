@@ -5,7 +5,8 @@ use crate::datagram;
 use crate::emit::{About, begin, describe, report, report_at, submit};
 use crate::judge::{Judgement, Live, blur, cached, judge, live, opaque_zero, recall, remember, unjudged};
 use crate::maps::{
-    Kernel, forget_origin, last_handshake, now, register_endpoint, socket_state, socket_state_or_new, store_origin, unregister_endpoint,
+    Kernel, forget_origin, last_handshake, now, register_endpoint, socket_state, socket_state_or_new, store_origin,
+    unregister_endpoint,
 };
 use crate::socket::{AF_INET6, of_process, refresh, resolve_skb, source_addr};
 use aya_ebpf::bindings::{

@@ -41,7 +41,19 @@ impl Writer {
     pub(super) fn new(place: Place, host: Text, counts: Arc<Counts>, overflow: Arc<Mutex<Missing>>) -> Self {
         let (missing, in_batch) = (Missing::default(), Missing::default());
         let (open, files) = (None, VecDeque::new());
-        Self { place, host, counts, overflow, missing, lines: Lines::default(), batch: Vec::new(), in_batch, open, files, next: 0 }
+        Self {
+            place,
+            host,
+            counts,
+            overflow,
+            missing,
+            lines: Lines::default(),
+            batch: Vec::new(),
+            in_batch,
+            open,
+            files,
+            next: 0,
+        }
     }
 
     /// Takes over what is there. Returns where each CPU's numbers ended.
