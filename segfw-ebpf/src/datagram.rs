@@ -456,7 +456,7 @@ fn answers(protocol: u16, kind: u16) -> bool {
 }
 
 /// `cgroup_skb/ingress` for all that is not TCP.
-#[inline(always)]
+#[inline(never)]
 pub fn ingress(skb: *mut __sk_buff, sk: &bpf_sock, state: &mut SocketState, kernel: Kernel) -> Answer {
     let mut packet = Packet::EMPTY;
     if !read(skb, &mut packet) {

@@ -241,8 +241,9 @@ pub fn adopt<'a>(skb: *mut __sk_buff, sk: *mut bpf_sock, protocol: u16) -> Optio
 }
 
 /// A SYN, or the ACK that ends a handshake (and may carry data): both show the listener, both get the same answer,
-/// since it follows from the addresses alone.
-#[inline(always)]
+/// since it follows from the addresses alone. Not inlined: the frames of a chain of calls share 512 bytes, and kernels below
+/// 6.3 round each up to 32.
+#[inline(never)]
 fn handshake(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> Answer {
     // A listener's own answer stays "none": the number says only for which generation its cgroup was looked up.
     if state.generation != kernel.generation {
@@ -336,7 +337,7 @@ fn answered<'a>(state: &SocketState, flow: &Flow, generation: u32, sequence: u32
 }
 
 /// A segment of a connection whose cached answer is missing, of an older generation, past its time, or a refusal.
-#[inline(always)]
+#[inline(never)]
 fn alive(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> Answer {
     if state.generation == kernel.generation && state.verdict == Verdict::Denied as u8 {
         return Answer::Refuse;

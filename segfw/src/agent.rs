@@ -229,7 +229,11 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
                 Ok(Err(e)) => Err(anyhow::Error::from(e).context("cannot read events")),
                 Err(e) => Err(anyhow::Error::from(e).context("the drain of events failed")),
             },
-            () = shared.sweep.notified() => survey_at = tokio::time::Instant::now(),
+            () = shared.sweep.notified() => {
+                // Nothing that a verdict rests on has changed, and yet there is something to end.
+                agent.core().last_sweep = None;
+                survey_at = tokio::time::Instant::now();
+            }
             changes = watcher.next() => match changes {
                 Some(changes) => {
                     let agent = Arc::clone(&agent);

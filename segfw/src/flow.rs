@@ -2,8 +2,8 @@
 //! `spool`: no file, no socket, no kernel; a number it has no name for stays visible as a number.
 //!
 //! `decode` (bytes → event) → `sequence` (what is missing) → `record` (event → [`Record`]) → `history` (kept, followed)
-//! and `spool` (on disk) → `query` (which of them) → `render` and `export` (as text; `line` is the spool's own). `intake` does the first four for the
-//! agent's main loop.
+//! and `spool` (on disk) → `query` (which of them) → `render` and `export` (as text; `line` is the spool's
+//! own). `intake` does the first four for the agent's main loop.
 
 pub mod coded;
 pub mod decode;
