@@ -176,7 +176,8 @@ pub(crate) fn connect(port: u16) -> Result<bool> {
     match socket::connect(socket.as_raw_fd(), &to) {
         Ok(()) => Ok(true),
         // What `deny` and `reject` say. ECONNREFUSED is a missing listener, which would be our mistake.
-        Err(Errno::EPERM | Errno::EACCES) => Ok(false),
+        // ECONNABORTED: the revision came between the first packet and the answer, and the sweep cut it.
+        Err(Errno::EPERM | Errno::EACCES | Errno::ECONNABORTED) => Ok(false),
         Err(e) => Err(e).with_context(|| format!("connecting to port {port}")),
     }
 }
