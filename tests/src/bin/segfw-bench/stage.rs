@@ -113,15 +113,22 @@ impl Stage {
         Ok(Instant::now())
     }
 
-    /// Waits until a new connection to the port fares so; how long since `begun`.
-    pub(crate) fn until(&self, port: u16, open: bool, begun: Instant) -> Result<Duration> {
+    /// Waits until a new connection to the listener's port fares so; how long since `begun`.
+    pub(crate) fn until(&self, listener: &TcpListener, open: bool, begun: Instant) -> Result<Duration> {
+        let port = listener.local_addr()?.port();
+        listener.set_nonblocking(true)?;
         while connect(port)? != open {
+            // What nobody accepts stays in the queue, closed or not; once that is full a SYN has no answer.
+            while listener.accept().is_ok() {}
             if begun.elapsed() > PATIENCE {
                 bail!("port {port} is not {} after {PATIENCE:?}: {}", if open { "open" } else { "shut" }, self.log());
             }
             std::thread::sleep(Duration::from_micros(200));
         }
-        Ok(begun.elapsed())
+        let took = begun.elapsed();
+        while listener.accept().is_ok() {}
+        listener.set_nonblocking(false)?;
+        Ok(took)
     }
 
     /// Microseconds of CPU that the agent's cgroup has used, ended threads included.
