@@ -259,6 +259,7 @@ fn page(times: &Results, counts: Option<&Results>) -> Result<String> {
             noise(c)
         )?;
     }
+    t += "\nA load average above zero before a run means that others used the machine: then trust ratios of CPU time and instructions, and no wall time.\n";
     t += "\n## Goals\n\n| goal | measured | |\n| --- | --- | --- |\n";
     for goal in goals::all(times, counts) {
         writeln!(t, "| {} | {} | {} |", goal.what, goal.measured, goal.verdict())?;
