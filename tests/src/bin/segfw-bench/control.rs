@@ -174,12 +174,12 @@ pub(crate) fn change(options: &Options, results: &mut Results) -> Result<()> {
         let (mut opened, mut shut, mut apply) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..options.few() {
             let begun = stage.allow(&[OPEN, CHANGED])?;
-            opened.push(ms(stage.until(CHANGED, true, begun)?));
+            opened.push(ms(stage.until(&listener, true, begun)?));
             // The agent goes on with what comes after the switch; that is part of what it takes, not of the next sample.
             settle(&stage)?;
             apply.push(stage.metric("segfw_policy_apply_seconds")? * 1e3);
             let begun = stage.allow(&[OPEN])?;
-            shut.push(ms(stage.until(CHANGED, false, begun)?));
+            shut.push(ms(stage.until(&listener, false, begun)?));
             settle(&stage)?;
             apply.push(stage.metric("segfw_policy_apply_seconds")? * 1e3);
         }
@@ -235,7 +235,7 @@ pub(crate) fn start(options: &Options, results: &mut Results) -> Result<()> {
             let begun = Instant::now();
             std::fs::create_dir(&path)?;
             enter(&path)?;
-            first.push(ms(stage.until(OPEN, true, begun)?));
+            first.push(ms(stage.until(&listener, true, begun)?));
             stage.as_client()?;
             std::fs::remove_dir(&path)?;
             std::thread::sleep(Duration::from_millis(20));
@@ -292,9 +292,9 @@ pub(crate) fn memory(options: &Options, results: &mut Results) -> Result<()> {
             vec![resident(&stage, "RssAnon")?],
         );
         // What was needed to build a revision and is not given back shows here.
-        let begun = stage.allow(&[OPEN, CHANGED])?;
         let listener = stage.listen(CHANGED)?;
-        let _ = stage.until(CHANGED, true, begun)?;
+        let begun = stage.allow(&[OPEN, CHANGED])?;
+        let _ = stage.until(&listener, true, begun)?;
         drop(listener);
         std::thread::sleep(Duration::from_secs(2));
         results.figure(
@@ -356,13 +356,16 @@ fn memlock(map: BorrowedFd<'_>) -> Result<u64> {
 
 /// Live connections that a new revision no longer allows: how long until the last of them is gone.
 pub(crate) fn sweep(options: &Options, results: &mut Results) -> Result<()> {
-    let n: usize = if options.quick { 1_000 } else { 10_000 };
+    // Both ends are ours; a machine that allows fewer files gets fewer connections, and the figure says how many.
+    let files = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)?.0;
+    let most = usize::try_from(files / 2).unwrap_or(usize::MAX).saturating_sub(100);
+    let n: usize = if options.quick { 1_000 } else { most.min(10_000) };
     let stage = Stage::new(10, "")?;
     let (mut cut, mut refused, mut all) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..options.few().min(5) {
-        let begun = stage.allow(&[OPEN, CHANGED])?;
         let listener = stage.listen(CHANGED)?;
-        let _ = stage.until(CHANGED, true, begun)?;
+        let begun = stage.allow(&[OPEN, CHANGED])?;
+        let _ = stage.until(&listener, true, begun)?;
         let listener = {
             // Those that the wait had opened go with it.
             drop(listener);
@@ -376,7 +379,7 @@ pub(crate) fn sweep(options: &Options, results: &mut Results) -> Result<()> {
         std::thread::sleep(Duration::from_secs(1));
         ensure!(alive(&pairs)? == n, "round {round}: {} of {n} connections stand before the change", alive(&pairs)?);
         let begun = stage.allow(&[OPEN])?;
-        let first = stage.until(CHANGED, false, begun)?;
+        let first = stage.until(&listener, false, begun)?;
         while alive(&pairs)? != 0 {
             ensure!(
                 begun.elapsed() < Duration::from_secs(60),

@@ -1,7 +1,7 @@
 //! What the figures are of: kernel, processor, mitigations, versions, and who else was busy.
 
 use crate::Options;
-use crate::result::Machine;
+use crate::result::{Machine, Run};
 use std::fs;
 use std::process::Command;
 
@@ -32,9 +32,13 @@ pub(crate) fn describe(options: &Options) -> Machine {
     mitigations.sort();
     let commit = line("git", &["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "unknown".into());
     let dirty = line("git", &["status", "--porcelain", "--untracked-files=no"]).is_some();
-    Machine {
+    let run = Run {
         date: line("date", &["-u", "+%Y-%m-%d %H:%M UTC"]).unwrap_or_default(),
         commit: if dirty { format!("{commit} with changes") } else { commit },
+        options: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
+        load: vec![load()],
+    };
+    Machine {
         kernel: read("/proc/sys/kernel/osrelease"),
         cpu: cpu.trim_start_matches([' ', '\t', ':']).to_owned(),
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
@@ -42,8 +46,7 @@ pub(crate) fn describe(options: &Options) -> Machine {
         versions: tools.iter().filter_map(|(program, args)| line(program, args)).collect(),
         release_build: !cfg!(debug_assertions),
         instructions: options.instructions,
-        load: vec![load()],
-        command: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
+        runs: vec![run],
     }
 }
 

@@ -53,6 +53,8 @@ pub(crate) struct Options {
     pub(crate) out: PathBuf,
     /// Only the page and the plots, from the files that are there.
     render: bool,
+    /// Of an earlier run in `out`, where only a part is measured again: it takes its place among the others.
+    pub(crate) earlier: Option<Results>,
 }
 
 impl Options {
@@ -67,6 +69,7 @@ impl Options {
             instructions: false,
             out: "target/bench".into(),
             render: false,
+            earlier: None,
         };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
@@ -105,7 +108,20 @@ impl Options {
                 "there is no work {work}\n{HELP}"
             );
         }
+        let path = options.out.join(options.file());
+        if !options.only.is_empty()
+            && let Ok(bytes) = std::fs::read(&path)
+        {
+            let earlier = serde_json::from_slice(&bytes)
+                .with_context(|| format!("{} is of another version: name another --out", path.display()))?;
+            options.earlier = Some(earlier);
+        }
         Ok(options)
+    }
+
+    /// Name of the file with the results.
+    fn file(&self) -> &'static str {
+        if self.instructions { page::COUNTS } else { page::TIMES }
     }
 
     /// Whether this work was asked for.
@@ -178,25 +194,38 @@ fn main() -> Result<()> {
             eprintln!("  FAILED {name}: {error:#}");
             results.failed.push(format!("{name}: {error:#}"));
         }
+        let _ = save(&options, &results)?;
     }
     if let Err(error) = traffic::run(&options, &mut results) {
         eprintln!("  FAILED traffic: {error:#}");
         results.failed.push(format!("traffic: {error:#}"));
     }
-    results.machine.load.push(machine::load());
-    std::fs::create_dir_all(&options.out).with_context(|| options.out.display().to_string())?;
-    let path = options.out.join(if options.instructions { page::COUNTS } else { page::TIMES });
-    std::fs::write(&path, serde_json::to_string_pretty(&results)? + "\n")?;
-    eprintln!("{}", path.display());
-    // Counts come out of a guest alone; the page is made where the times are.
-    if options.out.join(page::TIMES).is_file() {
-        page::render(&options.out)?;
+    if let Some(run) = results.machine.runs.last_mut() {
+        run.load.push(machine::load());
     }
     for goal in goals::all(&results, None).iter().filter(|g| !g.measured.is_empty()) {
         eprintln!("{:<12} {}: {}", goal.verdict().trim_matches('*'), goal.what, goal.measured);
     }
+    eprintln!("{}", save(&options, &results)?.display());
+    // Counts come out of a guest alone; the page is made where the times are.
+    if options.out.join(page::TIMES).is_file() {
+        page::render(&options.out)?;
+    }
     ensure!(results.failed.is_empty(), "{} works failed", results.failed.len());
     Ok(())
+}
+
+/// Writes what there is so far: a run that is ended keeps what it has.
+pub(crate) fn save(options: &Options, results: &Results) -> Result<PathBuf> {
+    let mut results = results.clone();
+    if let Some(earlier) = &options.earlier {
+        results.keep_from(earlier.clone());
+    }
+    std::fs::create_dir_all(&options.out).with_context(|| options.out.display().to_string())?;
+    let path = options.out.join(options.file());
+    std::fs::write(&path, serde_json::to_string_pretty(&results)? + "\n")
+        .with_context(|| path.display().to_string())?;
+    Ok(path)
 }
 
 /// A network of our own, so that nobody else's packets are in it, with ports enough.

@@ -142,7 +142,7 @@ fn ratios(results: &Results, place: &str, path: &Path) -> Result<()> {
         "{}, {}, {}; minima of {} rounds in turns",
         results.machine.kernel,
         results.machine.cpu,
-        results.machine.date,
+        results.machine.runs.last().map_or("", |r| &r.date),
         rows.first().map_or(0, |c| c.cpu.rounds)
     );
     text(&foot, (14, height - 16), 11, HPos::Left)?;
@@ -231,7 +231,17 @@ fn page(times: &Results, counts: Option<&Results>) -> Result<String> {
     }
     t += ": do not edit. Every ratio is to the same machine with no firewall, in the same run, in turns.\n\n";
     let m = &times.machine;
-    writeln!(t, "| | |\n| --- | --- |\n| date, commit | {}, {} |", m.date, m.commit)?;
+    writeln!(t, "| | |\n| --- | --- |")?;
+    for run in &m.runs {
+        let what = if run.options.is_empty() { "everything".to_owned() } else { format!("`{}`", run.options) };
+        writeln!(
+            t,
+            "| run | {}, commit {}, {what}; load averages before and after: {} |",
+            run.date,
+            run.commit,
+            run.load.join(" and ")
+        )?;
+    }
     writeln!(t, "| kernel, processor | {}, {} x {} |", m.kernel, m.cpus, m.cpu)?;
     writeln!(t, "| mitigations | {} |", m.mitigations.join("; "))?;
     writeln!(t, "| versions | {} |", m.versions.join("; "))?;
@@ -240,7 +250,6 @@ fn page(times: &Results, counts: Option<&Results>) -> Result<String> {
         "| build | {} |",
         if m.release_build { "release" } else { "**not optimised**: user space figures mean nothing" }
     )?;
-    writeln!(t, "| load averages before and after | {} |", m.load.join(" and "))?;
     writeln!(t, "| noise | {} |", noise(times))?;
     if let Some(c) = counts {
         writeln!(
@@ -250,6 +259,7 @@ fn page(times: &Results, counts: Option<&Results>) -> Result<String> {
             noise(c)
         )?;
     }
+    t += "\nA load average above zero before a run means that others used the machine: then trust ratios of CPU time and instructions, and no wall time.\n";
     t += "\n## Goals\n\n| goal | measured | |\n| --- | --- | --- |\n";
     for goal in goals::all(times, counts) {
         writeln!(t, "| {} | {} | {} |", goal.what, goal.measured, goal.verdict())?;

@@ -73,8 +73,6 @@ pub(crate) struct Absent {
 /// Where it was measured.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Machine {
-    pub(crate) date: String,
-    pub(crate) commit: String,
     pub(crate) kernel: String,
     pub(crate) cpu: String,
     pub(crate) cpus: usize,
@@ -86,10 +84,20 @@ pub(crate) struct Machine {
     pub(crate) release_build: bool,
     /// Figures are instructions and not nanoseconds (QEMU `-icount shift=0`).
     pub(crate) instructions: bool,
+    /// The runs that the figures are from, the newest last.
+    #[serde(default)]
+    pub(crate) runs: Vec<Run>,
+}
+
+/// One run of the bench.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Run {
+    pub(crate) date: String,
+    pub(crate) commit: String,
+    /// What was asked for; empty = everything.
+    pub(crate) options: String,
     /// Load averages before and after: others use this machine too.
     pub(crate) load: Vec<String>,
-    /// The command line.
-    pub(crate) command: String,
 }
 
 /// One file.
@@ -104,6 +112,25 @@ pub(crate) struct Results {
 }
 
 impl Results {
+    /// Takes over from an earlier run what this one did not measure. A work is always of one run, whole.
+    pub(crate) fn keep_from(&mut self, earlier: Self) {
+        let mut runs = earlier.machine.runs;
+        runs.append(&mut self.machine.runs);
+        self.machine.runs = runs;
+        let again =
+            |work: &str| self.costs.iter().any(|c| c.work == work) || self.figures.iter().any(|f| f.work == work);
+        let costs: Vec<_> = earlier.costs.into_iter().filter(|c| !again(&c.work)).collect();
+        let figures: Vec<_> = earlier.figures.into_iter().filter(|f| !again(&f.work)).collect();
+        let failed: Vec<_> =
+            earlier.failed.into_iter().filter(|f| !again(f.split(':').next().unwrap_or_default())).collect();
+        if self.costs.is_empty() {
+            self.absent = earlier.absent;
+        }
+        self.costs.extend(costs);
+        self.figures.extend(figures);
+        self.failed.extend(failed);
+    }
+
     /// Adds a figure and shows it.
     pub(crate) fn figure(&mut self, work: &str, what: &str, size: u64, unit: &str, samples: Vec<f64>) {
         let Some(value) = Spread::of(samples) else { return };

@@ -113,15 +113,22 @@ impl Stage {
         Ok(Instant::now())
     }
 
-    /// Waits until a new connection to the port fares so; how long since `begun`.
-    pub(crate) fn until(&self, port: u16, open: bool, begun: Instant) -> Result<Duration> {
+    /// Waits until a new connection to the listener's port fares so; how long since `begun`.
+    pub(crate) fn until(&self, listener: &TcpListener, open: bool, begun: Instant) -> Result<Duration> {
+        let port = listener.local_addr()?.port();
+        listener.set_nonblocking(true)?;
         while connect(port)? != open {
+            // What nobody accepts stays in the queue, closed or not; once that is full a SYN has no answer.
+            while listener.accept().is_ok() {}
             if begun.elapsed() > PATIENCE {
                 bail!("port {port} is not {} after {PATIENCE:?}: {}", if open { "open" } else { "shut" }, self.log());
             }
             std::thread::sleep(Duration::from_micros(200));
         }
-        Ok(begun.elapsed())
+        let took = begun.elapsed();
+        while listener.accept().is_ok() {}
+        listener.set_nonblocking(false)?;
+        Ok(took)
     }
 
     /// Microseconds of CPU that the agent's cgroup has used, ended threads included.
@@ -176,7 +183,8 @@ pub(crate) fn connect(port: u16) -> Result<bool> {
     match socket::connect(socket.as_raw_fd(), &to) {
         Ok(()) => Ok(true),
         // What `deny` and `reject` say. ECONNREFUSED is a missing listener, which would be our mistake.
-        Err(Errno::EPERM | Errno::EACCES) => Ok(false),
+        // ECONNABORTED: the revision came between the first packet and the answer, and the sweep cut it.
+        Err(Errno::EPERM | Errno::EACCES | Errno::ECONNABORTED) => Ok(false),
         Err(e) => Err(e).with_context(|| format!("connecting to port {port}")),
     }
 }

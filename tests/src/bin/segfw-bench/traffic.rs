@@ -103,6 +103,7 @@ pub(crate) fn run(options: &Options, results: &mut Results) -> Result<()> {
             }
             enter(&home)?;
             enter_net(&here)?;
+            let _ = crate::save(options, results)?;
         }
     }
     crate::unpin()?;
