@@ -891,7 +891,7 @@ fn come_and_go(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
             match right {
                 Ok(()) => break,
                 // Not known yet: a cgroup below a managed parent.
-                Err(e) if e == "EPERM" && born.elapsed() < Duration::from_secs(2) => pause(5),
+                Err(e) if e == "EPERM" && born.elapsed() < Duration::from_secs(2) * crate::slowness() => pause(5),
                 Err(e) => bail!("{path} to {good}: {e} after {:?}", born.elapsed()),
             }
         }
@@ -901,7 +901,7 @@ fn come_and_go(stage: &mut Stage, shot: &Shot) -> Result<Outcome> {
         let full = stage.world.cgroup(&path)?;
         let gone = Instant::now();
         while let Err(e) = std::fs::remove_dir(&full) {
-            ensure!(gone.elapsed() < Duration::from_secs(2), "removing {}: {e}", full.display());
+            ensure!(gone.elapsed() < Duration::from_secs(2) * crate::slowness(), "removing {}: {e}", full.display());
             pause(1);
         }
         if shot.enforced {
