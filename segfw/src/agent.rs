@@ -49,8 +49,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// How often the policy folder is looked at. A change counts once it has been still for one look.
-const FOLDER_LOOK: Duration = Duration::from_millis(200);
 /// How often addresses, endpoints and live connections are compared with the kernel when nothing seems to happen.
 const SURVEY: Duration = Duration::from_secs(8);
 /// After a change of the cgroup tree namespaces and addresses follow shortly; they are looked at again so long after.
@@ -76,6 +74,8 @@ struct InForce {
     files: Files,
     policy: HostPolicy,
     tables: Tables,
+    /// Boot times at which some answer of the tables changes by itself, ascending.
+    deadlines: Vec<u64>,
     /// Numbers of the kernel's maps that hold the tables.
     maps: Vec<u32>,
 }
@@ -151,7 +151,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
         proc::Bpffs::Mounted => {}
     }
     // Before the first reading, so that no change falls between the two.
-    let mut folder = Folder::new(&config.policy);
+    let mut folder = Folder::follow(&config.policy).context("the policy folder cannot be followed")?;
     if proc::ensure_tracefs() {
         tracing::warn!("mounted tracefs at /sys/kernel/tracing");
     }
@@ -185,8 +185,6 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
     };
 
     let mut hangup = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())?;
-    let mut look = tokio::time::interval(FOLDER_LOOK);
-    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut denials = tokio::time::interval(DENIALS);
     denials.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut survey_at = tokio::time::Instant::now() + SURVEY;
@@ -233,14 +231,15 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
                 notifier.tell(&agent);
             }
             () = notifier.due() => notifier.tell(&agent),
-            _ = look.tick() => {
-                shared.beat();
-                if folder.changed() {
+            changed = folder.changed() => match changed {
+                Some(()) => {
                     let agent = Arc::clone(&agent);
                     let _ = on_thread(move || agent.core().reload()).await;
                 }
-            }
+                None => break Err(anyhow::anyhow!("the watch of the policy folder ended")),
+            },
             _ = denials.tick() => {
+                shared.beat();
                 let mut core = agent.core();
                 core.beat();
                 core.fetch_denials();

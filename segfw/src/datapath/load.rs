@@ -7,6 +7,7 @@ use segfw_common::ABI_VERSION;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The object that build.rs made.
@@ -49,6 +50,7 @@ pub fn pretend_later_layout() {
 pub struct Datapath {
     ebpf: Ebpf,
     maps: BTreeMap<&'static str, OwnedFd>,
+    pub(super) next: Mutex<super::generation::Next>,
     /// Folder of the pins of this layout.
     pub dir: PathBuf,
 }
@@ -90,7 +92,7 @@ impl Datapath {
             let map = sys::get(&dir.join(name)).map_err(|e| Error::sys(format!("open the map {name}"), e))?;
             let _ = maps.insert(name, map.ok_or_else(missing)?);
         }
-        Ok(Self { ebpf, maps, dir })
+        Ok(Self { ebpf, maps, next: Mutex::default(), dir })
     }
 
     /// A map by name.

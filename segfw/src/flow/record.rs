@@ -10,6 +10,7 @@ use segfw_common::rule::ipproto;
 use segfw_common::{Action, Addr, Direction, Evidence, FlowEvent, Identity, Proto, Reason, Verdict};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
@@ -335,6 +336,28 @@ pub struct CgroupWords {
     pub workload: Option<Text>,
 }
 
+/// Rules by number, in stretches that snapshots share: most revisions change a few rules of very many.
+#[derive(Clone, Debug, Default)]
+pub struct RuleNames(BTreeMap<u32, Arc<BTreeMap<u32, RuleWords>>>);
+
+impl RuleNames {
+    /// Numbers in one stretch.
+    const STRETCH: u32 = 256;
+
+    /// The words of a number.
+    pub fn get(&self, number: u32) -> Option<&RuleWords> {
+        self.0.get(&(number / Self::STRETCH))?.get(&number)
+    }
+
+    fn learn(&mut self, number: u32, RuleName { policy, rule, tier: _, at, entries: _ }: &RuleName) {
+        if self.get(number).is_some_and(|w| *w.policy == *policy && *w.rule == *rule && w.at == *at) {
+            return;
+        }
+        let words = RuleWords { policy: policy.as_str().into(), rule: rule.as_str().into(), at: at.clone() };
+        let _ = Arc::make_mut(self.0.entry(number / Self::STRETCH).or_default()).insert(number, words);
+    }
+}
+
 /// What numbers mean at this moment: a plain snapshot that the agent replaces as a whole.
 #[derive(Clone, Debug, Default)]
 pub struct Names {
@@ -343,7 +366,7 @@ pub struct Names {
     /// By identity.
     pub identities: BTreeMap<u32, Who>,
     /// By rule number.
-    pub rules: BTreeMap<u32, RuleWords>,
+    pub rules: RuleNames,
     /// By cgroup id.
     pub cgroups: BTreeMap<u64, CgroupWords>,
     /// Generation → revision.
@@ -354,19 +377,23 @@ pub struct Names {
 
 impl Names {
     /// Takes over what a compiled policy says its numbers mean. Older numbers stay: events of the last generation may
-    /// still come, and counters hold them.
+    /// still come, and counters hold them. `before` = the segments of the last time.
     pub fn learn(
         &mut self,
         identities: &BTreeMap<Identity, IdentityName>,
         rules: &BTreeMap<u32, RuleName>,
         segments: &[Segment],
+        before: Option<&[Segment]>,
     ) {
+        // A number never means another identity, and who is in which segment follows from both.
+        let known = before == Some(segments);
         for (identity, name) in identities {
-            let _ = self.identities.insert(identity.0, who(name, segments));
+            if !known || !self.identities.contains_key(&identity.0) {
+                let _ = self.identities.insert(identity.0, who(name, segments));
+            }
         }
-        for (number, RuleName { policy, rule, tier: _, at, entries: _ }) in rules {
-            let words = RuleWords { policy: policy.as_str().into(), rule: rule.as_str().into(), at: at.clone() };
-            let _ = self.rules.insert(*number, words);
+        for (number, name) in rules {
+            self.rules.learn(*number, name);
         }
     }
 
@@ -394,7 +421,7 @@ impl Names {
 
     /// (rule, policy) of a number; 0 = none.
     fn rule(&self, number: u32) -> (Option<Text>, Option<Text>) {
-        match self.rules.get(&number) {
+        match self.rules.get(number) {
             Some(words) => (Some(words.rule.clone()), Some(words.policy.clone())),
             None if number == 0 => (None, None),
             None => (Some(format!("#{number}").into()), None),

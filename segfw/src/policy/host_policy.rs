@@ -31,7 +31,7 @@ pub struct HostPolicy {
 }
 
 /// A named set of workloads or of addresses.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     pub name: String,
     pub owner: Option<String>,
@@ -50,7 +50,7 @@ pub struct Segment {
 }
 
 /// Who is in a segment.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Members {
     Workloads(Selector),
     Addresses(Vec<IpNet>),

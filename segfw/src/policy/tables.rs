@@ -123,6 +123,15 @@ impl Tables {
         digest.finish()
     }
 
+    /// Would the kernel get the same? What [`Self::digest`] covers, compared entry by entry.
+    pub fn say_the_same(&self, other: &Self) -> bool {
+        self.rules == other.rules
+            && self.timeline == other.timeline
+            && self.locals == other.locals
+            && self.prefixes == other.prefixes
+            && self.classes == other.classes
+    }
+
     /// The number of a label set or prefix, where these tables know it.
     pub fn identity_of(&self, name: &IdentityName) -> Option<Identity> {
         self.identities.iter().find(|(_, n)| *n == name).map(|(id, _)| *id)

@@ -89,7 +89,10 @@ fn files(size: Size, marked: usize) -> Vec<(String, String)> {
             };
             let ports = match pick(8) {
                 0 => format!("tcp/{0}, udp/{0}", 53 + pick(100)),
-                1 => format!("tcp/{}-{}", 30_000 + pick(40) * 10, 30_009 + pick(3) * 10 + 400),
+                1 => {
+                    let first = 30_000 + pick(40) * 10;
+                    format!("tcp/{first}-{}", first + 9)
+                }
                 _ => format!("tcp/{}", 8_000 + pick(300)),
             };
             let action = if pick(20) == 0 { "deny" } else { "allow" };
