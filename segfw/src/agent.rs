@@ -28,6 +28,7 @@ use crate::flow::{History, Intake, Item, enrich, history};
 use crate::host::cgroup::{Change, Hierarchy, Watcher};
 use crate::host::runtime::{Listing, Runtimes};
 use crate::host::{netns, proc};
+use crate::policy::document::Cache;
 use crate::policy::host_policy::Labels;
 use crate::policy::tables::{IdentityName, Numbers};
 use crate::policy::{HostPolicy, Tables, TablesView};
@@ -91,6 +92,8 @@ pub struct Core {
     archive: archive::Archive,
     /// Who put the files there that are being read; `None` = somebody changed the folder.
     source: Option<String>,
+    /// What the files said that were read last.
+    read: Cache,
     registry: Registry,
     /// As written to the kernel.
     cgroups: BTreeMap<u64, CgroupEntry>,

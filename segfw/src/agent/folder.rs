@@ -131,7 +131,9 @@ impl Watch {
 
     /// Watches these folders and the one above them, anew if they are others than before.
     fn watch(&mut self, folders: &[(PathBuf, u64)]) {
-        if !folders.is_empty() && self.inotify.is_some() && folders.iter().cloned().collect::<HashSet<_>>() == self.watched
+        if !folders.is_empty()
+            && self.inotify.is_some()
+            && folders.iter().cloned().collect::<HashSet<_>>() == self.watched
         {
             return;
         }
@@ -246,7 +248,8 @@ fn step(mask: EventMask, name: Option<&OsStr>, folder: &WatchDescriptor) -> Opti
     }
     if !policy {
         // The policy itself may be a file, or a link, of any name; a link to a folder has none that ends in .yaml.
-        return (mask.intersects(EventMask::MOVED_TO | EventMask::CREATE) && !text.contains('.')).then_some(Step::Other);
+        return (mask.intersects(EventMask::MOVED_TO | EventMask::CREATE) && !text.contains('.'))
+            .then_some(Step::Other);
     }
     Some(match () {
         () if moved_in => Step::Whole,

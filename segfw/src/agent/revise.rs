@@ -75,6 +75,7 @@ impl Core {
             hierarchy,
             archive,
             source: None,
+            read: Cache::default(),
             store,
             saved,
             cgroups: BTreeMap::new(),
@@ -211,7 +212,7 @@ impl Core {
         let begun = std::time::Instant::now();
         let mut numbers = self.saved.numbers.clone();
         let mut registry = self.registry.clone();
-        match revision::build(files, &mut registry, &mut numbers, self.config.monitor, clock) {
+        match revision::build(files, &mut self.read, &mut registry, &mut numbers, self.config.monitor, clock) {
             Err(refused) => {
                 self.refuse(refused);
                 Vec::new()
@@ -303,6 +304,7 @@ impl Core {
         if let Err(error) = self.datapath.settle() {
             tracing::warn!("{error}");
         }
+        give_back();
         Ok(())
     }
 
@@ -377,6 +379,14 @@ impl Core {
 /// hook), and while some rule has an end (then the kernel alone must be able to end live flows).
 pub(crate) fn needs_egress(tables: &Tables, deadlines: &[u64]) -> bool {
     tables.locals.values().any(|l| l.grants != 0) || !deadlines.is_empty()
+}
+
+/// Building a revision needs several times the memory of the result. What is free again goes back to the host now, and not
+/// when the allocator comes by it.
+fn give_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: touches free memory only.
+    let _ = unsafe { libc::malloc_trim(0) };
 }
 
 /// Nanoseconds.

@@ -122,7 +122,8 @@ impl Datapath {
         let slot = (old.slot + 1) % bounds::SLOTS;
         let needed = Room::of(tables);
         // What somebody put there in place of ours is not used.
-        let ready = |inner: &Inner| inner.slot == slot && inner.room.holds(needed) && self.is_in(inner).unwrap_or(false);
+        let ready =
+            |inner: &Inner| inner.slot == slot && inner.room.holds(needed) && self.is_in(inner).unwrap_or(false);
         let inner = match next.waiting.take().filter(ready) {
             Some(inner) => inner,
             None => {

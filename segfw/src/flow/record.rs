@@ -10,10 +10,10 @@ use segfw_common::rule::ipproto;
 use segfw_common::{Action, Addr, Direction, Evidence, FlowEvent, Identity, Proto, Reason, Verdict};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// One line of the stream: something that happened, or the exact statement that something is missing here.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -700,7 +700,7 @@ pub(crate) mod tests {
             policy: "payments-db-access".to_owned(),
             rule: rule.to_owned(),
             tier: Tier::Application,
-            at: Position { file: "payments.yaml".to_owned(), line, column: 7 },
+            at: Position { file: "payments.yaml".into(), line, column: 7 },
             entries: 1,
         };
         let rules = BTreeMap::from([(1, rule("api-to-db", 14)), (2, rule("no-vendor", 21))]);
@@ -709,7 +709,7 @@ pub(crate) mod tests {
             segment("payments-api", select("tier", "api")),
             segment("vendors", Members::Addresses(vec!["203.0.112.0/20".parse().unwrap()])),
         ];
-        names.learn(&identities, &rules, &segments);
+        names.learn(&identities, &rules, &segments, None);
         let words = CgroupWords { path: "/system.slice/postgresql.service".into(), workload: Some("postgres".into()) };
         let _ = names.cgroups.insert(4711, words);
         let _ = names.revisions.insert(3, 41);

@@ -85,7 +85,10 @@ fn files(size: Size, marked: usize) -> Vec<(String, String)> {
                 6 => (format!("{{addresses: [{net}, 172.{}.0.0/16]}}", 16 + pick(16)), format!("app-{app}")),
                 7 => (format!("app-{app}"), format!("{{addresses: [192.0.2.{}/32]}}", pick(256))),
                 8 => (format!("app-{app}"), format!("app-{other}")),
-                _ => (format!("{{select: {{app: app-{other}, tier: {}}}}}", ["front", "middle", "data"][other % 3]), format!("app-{app}")),
+                _ => (
+                    format!("{{select: {{app: app-{other}, tier: {}}}}}", ["front", "middle", "data"][other % 3]),
+                    format!("app-{app}"),
+                ),
             };
             let ports = match pick(8) {
                 0 => format!("tcp/{0}, udp/{0}", 53 + pick(100)),
@@ -191,7 +194,14 @@ fn phases(size: Size) -> Result<()> {
         }
         least.time("drop of documents and tables", move || drop((docs, resolved, tables, again, back)));
         let candidate = least.time("build (all of it but the kernel)", || {
-            revision::build(texts.clone(), &mut Registry::default(), &mut numbers, false, clock)
+            revision::build(
+                texts.clone(),
+                &mut policy::document::Cache::default(),
+                &mut Registry::default(),
+                &mut numbers,
+                false,
+                clock,
+            )
         });
         ensure!(candidate.is_ok());
     }
@@ -261,11 +271,15 @@ fn change(size: Size) -> Result<()> {
         ensure!(begun.elapsed() < Duration::from_secs(60), "{}", std::fs::read_to_string(dir.path().join("log"))?);
         std::thread::sleep(Duration::from_millis(1));
     }
-    println!("{} rules, {} files: start to first generation {:.0} ms", size.rules, texts.len(), begun.elapsed().as_secs_f64() * 1e3);
+    println!(
+        "{} rules, {} files: start to first generation {:.0} ms",
+        size.rules,
+        texts.len(),
+        begun.elapsed().as_secs_f64() * 1e3
+    );
     let map = sys::get(&pinned)?.context("CONTROL")?;
-    let slot = || -> Result<u32> {
-        Ok(sys::map_lookup::<u32, u64>(map.as_fd(), &control::ACTIVE)?.unwrap_or(0) as u32)
-    };
+    let slot =
+        || -> Result<u32> { Ok(sys::map_lookup::<u32, u64>(map.as_fd(), &control::ACTIVE)?.unwrap_or(0) as u32) };
     let mut least = Least::default();
     let mut most = Duration::ZERO;
     let name = format!("access/{:05}.yaml", size.files / 2);
@@ -289,7 +303,9 @@ fn change(size: Size) -> Result<()> {
     println!("  {:44} {:9.2} ms", "  (the slowest)", most.as_secs_f64() * 1e3);
     std::thread::sleep(Duration::from_secs(3));
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    for line in status.lines().filter(|l| l.starts_with("VmRSS") || l.starts_with("VmHWM") || l.starts_with("Rss") || l.starts_with("Threads")) {
+    for line in status.lines().filter(|l| {
+        l.starts_with("VmRSS") || l.starts_with("VmHWM") || l.starts_with("Rss") || l.starts_with("Threads")
+    }) {
         println!("  {line}");
     }
     let ticks = cpu_ticks(pid)?;
