@@ -1157,7 +1157,7 @@ fn what_was_read_before_is_as_if_it_were_read_now() {
         (documents.len(), problems.len())
     };
     let (documents, problems) = same(&files);
-    assert_eq!(documents, 40);
+    assert_eq!(documents, 41);
     assert!(problems >= 2, "{problems}");
     assert_eq!(same(&files), (documents, problems));
     // Another text, another name for a text, one less, one more: the duplicate is the other one now.
@@ -1169,7 +1169,7 @@ fn what_was_read_before_is_as_if_it_were_read_now() {
     // A mistake is mended, and comes again.
     let mended = files.iter().position(|f| f.0 == "wrong.yaml").unwrap();
     let wrong = std::mem::replace(&mut files[mended].1, segment("x", 0));
-    assert_eq!(same(&files).0, documents + 1);
+    assert!(same(&files).1 < problems);
     files[mended].1 = wrong;
     assert_eq!(same(&files), (documents, problems));
 }
