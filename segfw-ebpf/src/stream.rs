@@ -8,7 +8,7 @@ use crate::maps::{
     Kernel, forget_listener, forget_origin, last_handshake, now, register_endpoint, socket_state, socket_state_or_new,
     store_listener, store_origin, unregister_endpoint,
 };
-use crate::socket::{AF_INET6, of_process, refresh, resolve_current, resolve_skb, source_addr};
+use crate::socket::{AF_INET6, of_process, refresh, resolve_skb, source_addr};
 use aya_ebpf::bindings::{
     __sk_buff, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
     BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, bpf_sock, bpf_sock_addr, bpf_sock_ops,
@@ -620,21 +620,8 @@ fn accepted(ops: *mut bpf_sock_ops) {
 /// A listener: its endpoint is known from now on, and no answer of an earlier life of the socket is left on it.
 #[inline(always)]
 fn listens(ops: *mut bpf_sock_ops) {
-    // SAFETY: the program's context.
-    let sk = unsafe { (*ops).__bindgen_anon_2.sk };
-    if sk.is_null() {
-        return;
-    }
-    let state = match socket_state(sk.cast()) {
-        Some(state) => state,
-        // Made before the hooks were: known by whoever makes it listen.
-        None => {
-            let Some(state) = socket_state_or_new(sk.cast()) else { return };
-            state.protocol = ipproto::TCP;
-            resolve_current(state);
-            state
-        }
-    };
+    // A socket that was made before the hooks were is entered by the agent's inventory.
+    let Some(state) = state_of(ops) else { return };
     watch(ops);
     // SAFETY: the program's context.
     let cookie = unsafe { bpf_get_socket_cookie(ops.cast()) };

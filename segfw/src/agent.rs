@@ -30,6 +30,7 @@ use crate::flow::{History, Intake, Item, enrich, history};
 use crate::host::cgroup::{Change, Hierarchy, Watcher};
 use crate::host::runtime::{Listing, Runtimes};
 use crate::host::{netns, proc};
+use crate::policy::document::Cache;
 use crate::policy::host_policy::Labels;
 use crate::policy::tables::{IdentityName, Numbers};
 use crate::policy::{HostPolicy, Tables, TablesView};
@@ -51,8 +52,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// How often the policy folder is looked at. A change counts once it has been still for one look.
-const FOLDER_LOOK: Duration = Duration::from_millis(200);
 /// How often addresses, endpoints and live connections are compared with the kernel when nothing seems to happen.
 const SURVEY: Duration = Duration::from_secs(8);
 /// After a change of the cgroup tree namespaces and addresses follow shortly; they are looked at again so long after.
@@ -80,6 +79,8 @@ struct InForce {
     files: Files,
     policy: HostPolicy,
     tables: Tables,
+    /// Boot times at which some answer of the tables changes by itself, ascending.
+    deadlines: Vec<u64>,
     /// Numbers of the kernel's maps that hold the tables.
     maps: Vec<u32>,
 }
@@ -95,6 +96,8 @@ pub struct Core {
     archive: archive::Archive,
     /// Who put the files there that are being read; `None` = somebody changed the folder.
     source: Option<String>,
+    /// What the files said that were read last.
+    read: Cache,
     registry: Registry,
     /// As written to the kernel.
     cgroups: BTreeMap<u64, CgroupEntry>,
@@ -165,7 +168,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
         proc::Bpffs::Mounted => {}
     }
     // Before the first reading, so that no change falls between the two.
-    let mut folder = Folder::new(&config.policy);
+    let mut folder = Folder::follow(&config.policy).context("the policy folder cannot be followed")?;
     if proc::ensure_tracefs() {
         tracing::warn!("mounted tracefs at /sys/kernel/tracing");
     }
@@ -199,8 +202,6 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
     };
 
     let mut hangup = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())?;
-    let mut look = tokio::time::interval(FOLDER_LOOK);
-    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut denials = tokio::time::interval(DENIALS);
     denials.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut survey_at = tokio::time::Instant::now() + SURVEY;
@@ -252,14 +253,15 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
                 notifier.tell(&agent);
             }
             () = notifier.due() => notifier.tell(&agent),
-            _ = look.tick() => {
-                shared.beat();
-                if folder.changed() {
+            changed = folder.changed() => match changed {
+                Some(()) => {
                     let agent = Arc::clone(&agent);
                     let _ = on_thread(move || agent.core().reload()).await;
                 }
-            }
+                None => break Err(anyhow::anyhow!("the watch of the policy folder ended")),
+            },
             _ = denials.tick() => {
+                shared.beat();
                 let mut core = agent.core();
                 core.beat();
                 core.fetch_denials();

@@ -152,7 +152,7 @@ impl Core {
     /// Every hook that is needed, as the kernel has it now.
     pub(super) fn hooks(&self) -> Result<Vec<HookReport>, Failure> {
         let links = self.datapath.links().map_err(system)?;
-        let egress = self.in_force.as_ref().is_some_and(|f| super::needs_egress(&f.tables));
+        let egress = self.in_force.as_ref().is_some_and(|f| super::needs_egress(&f.tables, &f.deadlines));
         Ok(links
             .iter()
             .filter(|l| l.name != EGRESS.program || egress || l.link.is_some())

@@ -82,7 +82,7 @@ impl Core {
     /// hold, and an open connection meets no other hook), and the hook is taken away where nothing else needs it. To be
     /// called after a sweep: what was revoked has ended then.
     pub(super) fn settle_packets(&mut self, survey: &netns::Survey) {
-        let by_conn = self.has_conn() && self.in_force.as_ref().is_some_and(|f| !has_ends(&f.tables));
+        let by_conn = self.has_conn() && self.in_force.as_ref().is_some_and(|f| f.deadlines.is_empty());
         let done = if !by_conn {
             if self.tcp_by_conn || !self.ingress { self.judge_packets() } else { Ok(()) }
         } else {
@@ -179,7 +179,7 @@ impl Core {
 
     fn why_packets(&self) -> &'static str {
         match &self.in_force {
-            Some(f) if has_ends(&f.tables) => "a rule has an end",
+            Some(f) if !f.deadlines.is_empty() => "a rule has an end",
             Some(f) if needs_ingress(&f.tables) => "not every segment is `sockets: tcp`",
             Some(_) if self.tcp_by_conn => "a datagram socket from before is left",
             Some(_) | None => "live connections are being looked at",
@@ -195,11 +195,6 @@ impl Core {
         };
         report::Gate { name: name.to_owned(), why }
     }
-}
-
-/// Does a rule end, or begin, by itself?
-fn has_ends(tables: &Tables) -> bool {
-    tables.rules.values().any(|e| e.until != 0)
 }
 
 /// Does something besides TCP come in that must be judged? A segment may have UDP sockets, or others whose packets no other

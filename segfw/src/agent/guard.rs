@@ -46,7 +46,7 @@ impl Core {
     }
 
     fn guard_hooks(&mut self, root: &std::fs::File) -> Vec<Difference> {
-        let egress = self.in_force.as_ref().is_some_and(|f| needs_egress(&f.tables));
+        let egress = self.in_force.as_ref().is_some_and(|f| needs_egress(&f.tables, &f.deadlines));
         let mut found = self.datapath.mend_hooks(root, self.ingress, egress);
         found.extend(self.guard_checks());
         match self.datapath.mend_cgroup_made() {

@@ -10,6 +10,13 @@ impl Core {
     /// Makes the kernel's registry equal to ours. True if a cgroup that was there now is somebody else.
     pub(super) fn write_cgroups(&mut self) -> anyhow::Result<bool> {
         let want = self.registry.entries(&mut self.saved.numbers);
+        let paths = self.registry.paths(&mut self.saved.numbers);
+        // Somebody who judges by the tables of before must not meet the labels of after: those tables do not know them.
+        if (want != self.cgroups || paths != self.paths)
+            && let Err(error) = self.datapath.settle()
+        {
+            tracing::warn!("{error}");
+        }
         let mut relabelled = false;
         let mut full = 0;
         for (id, entry) in &want {
@@ -32,7 +39,7 @@ impl Core {
                 }
             }
         }
-        full += self.write_paths()?;
+        full += self.write_paths(paths)?;
         let gone: Vec<u64> = self.cgroups.keys().filter(|id| !want.contains_key(id)).copied().collect();
         for id in gone {
             let _ = self.datapath.remove_cgroup(id)?;
@@ -51,8 +58,7 @@ impl Core {
     }
 
     /// Makes the table of paths equal to ours. Returns how many did not fit.
-    pub(super) fn write_paths(&mut self) -> anyhow::Result<usize> {
-        let want = self.registry.paths(&mut self.saved.numbers);
+    fn write_paths(&mut self, want: BTreeMap<PathKey, CgroupEntry>) -> anyhow::Result<usize> {
         for path in self.paths.keys().filter(|p| !want.contains_key(p)) {
             let _ = self.datapath.remove_path(path)?;
         }

@@ -366,8 +366,16 @@ pub fn addresses(survey: &Survey, identity_of: impl Fn(&str) -> u32) -> BTreeMap
     all
 }
 
-/// The first boot time after `looked` at which some answer of these tables changes by itself.
-pub fn next_deadline(tables: &Tables, looked: u64) -> Option<u64> {
+/// Boot times at which some answer of these tables changes by itself, ascending, each once.
+pub fn deadlines(tables: &Tables) -> Vec<u64> {
     let entries = tables.rules.values().chain(&tables.timeline);
-    entries.map(|e| e.until).filter(|until| *until > looked).min()
+    let mut all: Vec<u64> = entries.map(|e| e.until).filter(|until| *until != 0).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
+/// The first of them after `looked`.
+pub fn next_deadline(deadlines: &[u64], looked: u64) -> Option<u64> {
+    deadlines.get(deadlines.partition_point(|at| *at <= looked)).copied()
 }

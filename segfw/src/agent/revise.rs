@@ -75,6 +75,7 @@ impl Core {
             hierarchy,
             archive,
             source: None,
+            read: Cache::default(),
             store,
             saved,
             cgroups: BTreeMap::new(),
@@ -220,19 +221,15 @@ impl Core {
         let begun = std::time::Instant::now();
         let mut numbers = self.saved.numbers.clone();
         let mut registry = self.registry.clone();
-        match revision::build(files, &mut registry, &mut numbers, self.config.monitor, clock) {
+        match revision::build(files, &mut self.read, &mut registry, &mut numbers, self.config.monitor, clock) {
             Err(refused) => {
                 self.refuse(refused);
                 Vec::new()
             }
             Ok(candidate) => {
                 let warnings = candidate.warnings.clone();
-                match self.put_in_force(candidate, registry, numbers) {
-                    Ok(()) => {
-                        let took = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
-                        self.shared.apply_ns.store(took, std::sync::atomic::Ordering::Relaxed);
-                        warnings
-                    }
+                match self.put_in_force(candidate, registry, numbers, begun) {
+                    Ok(()) => warnings,
                     Err(error) => {
                         self.refuse(refused(format!("the kernel did not take the revision: {error:#}")));
                         Vec::new()
@@ -250,16 +247,17 @@ impl Core {
         candidate: Candidate,
         registry: Registry,
         numbers: Numbers,
+        begun: std::time::Instant,
     ) -> anyhow::Result<()> {
         let Candidate { files, digest, policy, tables, warnings: _ } = candidate;
-        let digest_of_tables = tables.digest();
         let same = match &self.in_force {
-            Some(f) => f.tables.digest() == digest_of_tables,
+            Some(f) => f.tables.say_the_same(&tables),
             // What an earlier agent left is taken over as it is if it says the same.
-            None => self.holds(&digest_of_tables)?,
+            None => self.holds(&tables)?,
         };
         self.saved.numbers = numbers;
-        let egress = needs_egress(&tables);
+        let deadlines = live::deadlines(&tables);
+        let egress = needs_egress(&tables, &deadlines);
         let number = match &self.in_force {
             Some(f) if f.revision.digest == digest => f.revision.number,
             None if self.saved.revision != 0 && crate::policy::digest(&self.saved.files) == digest => {
@@ -268,7 +266,8 @@ impl Core {
             Some(_) | None => self.saved.revision + 1,
         };
         // What numbers mean is known before anything can carry them.
-        self.names.learn(&tables.identities, &tables.rule_names, &policy.segments);
+        let before = self.in_force.as_ref().map(|f| f.policy.segments.as_slice());
+        self.names.learn(&tables.identities, &tables.rule_names, &policy.segments, before);
         if self.attached {
             // What the switch revokes is refused from its very moment on, and not only when the sweep comes to it.
             self.judge_packets()?;
@@ -280,6 +279,9 @@ impl Core {
         self.registry = registry;
         let relabelled = self.write_cgroups()?;
         let active = if relabelled { self.datapath.touch()? } else { active };
+        // From here on it is enforced, unless hooks are missing; what follows is for the next agent, and for who reads.
+        let took = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.shared.apply_ns.store(took, std::sync::atomic::Ordering::Relaxed);
         let _ = self.names.revisions.insert(active.generation, number);
         self.publish_names();
         let first = !self.attached;
@@ -305,19 +307,24 @@ impl Core {
         let revision = Revision { number, digest, generation: active.generation, loaded_at, files: names };
         tracing::info!(revision = number, generation = active.generation, entries = tables.rules.len(), "in force");
         let maps = self.datapath.inner_maps(active.slot)?;
-        self.in_force = Some(InForce { revision, files, policy, tables, maps });
+        self.in_force = Some(InForce { revision, files, policy, tables, deadlines, maps });
         self.refused = None;
+        // Live connections first: all else can wait.
+        self.survey();
         self.save();
         self.keep_revision();
-        self.survey();
+        // The next revision finds room, and waits for no grace period.
+        if let Err(error) = self.datapath.settle() {
+            tracing::warn!("{error}");
+        }
+        give_back();
         Ok(())
     }
 
     /// Does the kernel hold these very tables already?
-    pub(super) fn holds(&self, digest: &[u8; 32]) -> anyhow::Result<bool> {
+    pub(super) fn holds(&self, tables: &Tables) -> anyhow::Result<bool> {
         let active = self.datapath.active()?;
-        Ok(active.generation != 0
-            && self.datapath.read_back(active.slot).is_ok_and(|tables| tables.digest() == *digest))
+        Ok(active.generation != 0 && self.datapath.read_back(active.slot).is_ok_and(|held| held.say_the_same(tables)))
     }
 
     pub(super) fn save(&mut self) {
@@ -383,8 +390,16 @@ impl Core {
 
 /// The egress hook costs a call per packet. It sits there while some segment holds a grant (such sockets have no connect
 /// hook), and while some rule has an end (then the kernel alone must be able to end live flows).
-pub(crate) fn needs_egress(tables: &Tables) -> bool {
-    tables.locals.values().any(|l| l.grants != 0) || tables.rules.values().any(|e| e.until != 0)
+pub(crate) fn needs_egress(tables: &Tables, deadlines: &[u64]) -> bool {
+    tables.locals.values().any(|l| l.grants != 0) || !deadlines.is_empty()
+}
+
+/// Building a revision needs several times the memory of the result. What is free again goes back to the host now, and not
+/// when the allocator comes by it.
+fn give_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: touches free memory only.
+    let _ = unsafe { libc::malloc_trim(0) };
 }
 
 /// Nanoseconds.

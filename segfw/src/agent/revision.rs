@@ -4,13 +4,15 @@ use super::registry::Registry;
 use crate::control::report::{Finding, Refused};
 use crate::control::trial;
 use crate::policy::compile::{Clock, compile};
-use crate::policy::document::{Document, WorkloadDoc};
+use crate::policy::document::{Cache, Document, WorkloadDoc};
 use crate::policy::tables::Numbers;
 use crate::policy::{self, HostPolicy, HostSettings, Inventory, Tables};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::borrow::Borrow;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Files as they were read: name relative to the folder, and text.
 pub type Files = Vec<(String, String)>;
@@ -30,8 +32,8 @@ pub struct Candidate {
 }
 
 /// The documents that say which processes carry which labels.
-pub fn workload_documents(documents: &[Document]) -> Vec<WorkloadDoc> {
-    let found = documents.iter().filter_map(|d| match d {
+pub fn workload_documents<D: Borrow<Document>>(documents: &[D]) -> Vec<WorkloadDoc> {
+    let found = documents.iter().filter_map(|d| match d.borrow() {
         Document::Workload(doc) => Some(doc.clone()),
         Document::Segment(_) | Document::Policy(_) | Document::Test(_) => None,
     });
@@ -44,8 +46,10 @@ pub fn clock() -> std::io::Result<Clock> {
 }
 
 /// Parses, resolves and compiles files against the tree as it is. The registry gets the new documents only if all is well.
+/// `read` are the files of the last time: only what differs is parsed.
 pub fn build(
     files: Files,
+    read: &mut Cache,
     registry: &mut Registry,
     numbers: &mut Numbers,
     monitor: bool,
@@ -53,11 +57,12 @@ pub fn build(
 ) -> Result<Candidate, Refused> {
     let refuse = |why: &str, problems: Vec<Finding>| Refused { at: clock.wall, why: why.to_owned(), problems };
     let mut candidate = registry.without_documents();
-    let inventory = |documents: &[Document]| {
+    let inventory = |documents: &[Arc<Document>]| {
         candidate.set_documents(workload_documents(documents));
         Inventory { workloads: candidate.known() }
     };
-    let (documents, policy, problems) = policy::read(&files, inventory, &HostSettings { monitor }, clock.wall);
+    let (documents, policy, problems) =
+        policy::read_again(&files, read, inventory, &HostSettings { monitor }, clock.wall);
     let mut findings: Vec<Finding> = problems.iter().map(Finding::from).collect();
     findings.extend(candidate.conflicts().iter().map(Finding::from));
     if problems.errors() != 0 {
@@ -173,8 +178,11 @@ mod tests {
         };
         let clock = Clock { wall: "2026-01-01T00:00:00Z".parse().unwrap(), boot_ns: 1 };
         let mut numbers = Numbers::default();
-        let mut take =
-            |expect| build(vec![("a.yaml".into(), text(expect))], &mut Registry::default(), &mut numbers, false, clock);
+        let mut read = Cache::default();
+        let mut take = |expect| {
+            let files = vec![("a.yaml".into(), text(expect))];
+            build(files, &mut read, &mut Registry::default(), &mut numbers, false, clock)
+        };
         assert!(take("deny").is_ok());
         let refused = take("allow").err().unwrap();
         assert_eq!(refused.why, "1 of 1 test cases of the policy failed");
@@ -188,10 +196,14 @@ mod tests {
         let good = "apiVersion: segfw.dev/v1\nkind: Workload\nmetadata: {name: web}\nspec:\n  match: [{systemdUnit: nginx.service}]\n  labels: {app: web}\n";
         let clock = Clock { wall: "2026-01-01T00:00:00Z".parse().unwrap(), boot_ns: 1 };
         let (mut registry, mut numbers) = (Registry::default(), Numbers::default());
-        let _ = build(vec![("a.yaml".into(), good.into())], &mut registry, &mut numbers, false, clock).ok().unwrap();
+        let mut read = Cache::default();
+        let _ = build(vec![("a.yaml".into(), good.into())], &mut read, &mut registry, &mut numbers, false, clock)
+            .ok()
+            .unwrap();
         let before = (registry.label_sets(), numbers.clone());
         let bad = good.replace("labels:", "lables:");
-        let refused = build(vec![("a.yaml".into(), bad)], &mut registry, &mut numbers, false, clock).err().unwrap();
+        let refused =
+            build(vec![("a.yaml".into(), bad)], &mut read, &mut registry, &mut numbers, false, clock).err().unwrap();
         assert_eq!(refused.why, "the policy has errors");
         assert!(
             refused.problems.iter().any(|p| p.help.as_deref().is_some_and(|h| h.contains("labels"))),

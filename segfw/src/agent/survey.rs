@@ -195,7 +195,7 @@ impl Core {
             && last.namespaces == namespaces
             && self.draining.is_empty()
             && now.saturating_sub(last.at) < SWEEP_ANYWAY.as_nanos() as u64
-            && live::next_deadline(&f.tables, last.at).is_none_or(|at| at > now)
+            && live::next_deadline(&f.deadlines, last.at).is_none_or(|at| at > now)
         {
             return;
         }
@@ -228,10 +228,10 @@ impl Core {
     /// How long until something happens by itself: the end of a rule, of a window, of a drain.
     pub(super) fn deadline(&self) -> Duration {
         let now = proc::boot_ns().unwrap_or(0);
-        let tables = self.in_force.as_ref().map(|f| &f.tables);
+        let in_force = self.in_force.as_ref();
         // One that passed while something else was under way, or while the agent was stopped, is due now.
-        let next = tables.and_then(|t| live::next_deadline(t, self.looked));
-        let refresh = tables.and_then(|t| t.refresh_at);
+        let next = in_force.and_then(|f| live::next_deadline(&f.deadlines, self.looked));
+        let refresh = in_force.and_then(|f| f.tables.refresh_at);
         let drain = self.draining.values().min().copied();
         let next = [next, refresh, drain].into_iter().flatten().min().unwrap_or(u64::MAX);
         // The kernel's own check is exact; a little later is early enough to end what it already refuses.

@@ -27,7 +27,7 @@ pub struct At {
 }
 impl From<&Position> for At {
     fn from(Position { file, line, column }: &Position) -> Self {
-        Self { file: file.clone(), line: *line, column: *column }
+        Self { file: file.to_string(), line: *line, column: *column }
     }
 }
 impl fmt::Display for At {

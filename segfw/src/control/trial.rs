@@ -9,19 +9,20 @@ use crate::policy::explain::{self, View};
 use crate::policy::host_policy::{HostPolicy, Labels};
 use crate::policy::tables::{Numbers, Tables};
 use segfw_common::Verdict;
+use std::borrow::Borrow;
 
 /// Every case of every Test, in the order of the documents. `local` are the label sets of the host, `host` the labels of
 /// every workload of it. The error is that of [`compile`]: with the workloads that cases name there may be no room.
-pub fn run(
+pub fn run<D: Borrow<Document>>(
     policy: &HostPolicy,
-    documents: &[Document],
+    documents: &[D],
     local: &[Labels],
     host: &Labels,
     clock: Clock,
 ) -> Result<Vec<CaseReport>, Vec<CompileProblem>> {
     let tests: Vec<&TestDoc> = documents
         .iter()
-        .filter_map(|d| match d {
+        .filter_map(|d| match d.borrow() {
             Document::Test(test) => Some(test),
             Document::Workload(_) | Document::Segment(_) | Document::Policy(_) => None,
         })

@@ -220,6 +220,7 @@ pub struct Datapath {
     /// Programs of the security checks, not loaded yet, and those that are.
     pub(super) security: BTreeMap<&'static str, Vec<Instruction>>,
     pub(super) checks: Mutex<BTreeMap<&'static str, OwnedFd>>,
+    pub(super) next: Mutex<super::generation::Next>,
     /// Folder of the pins of this layout.
     pub dir: PathBuf,
     /// What the programs use of this kernel.
@@ -273,7 +274,7 @@ impl Datapath {
         });
         let pinned = maps.iter().map(|(name, map)| ((*name).to_owned(), map.as_raw_fd()));
         let security = security::instructions(OBJECT, &sections.chain(pinned).collect())?;
-        Ok(Self { ebpf, maps, security, checks: Mutex::default(), dir, features })
+        Ok(Self { ebpf, maps, security, checks: Mutex::default(), next: Mutex::default(), dir, features })
     }
 
     /// A map by name.

@@ -170,7 +170,7 @@ pub fn map_dump<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, expected: usize) 
 fn dump_batch<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, expected: usize) -> io::Result<Vec<(K, V)>> {
     // A hash bucket is never split, so the room must hold the fullest one too.
     let mut room = expected.clamp(64, BATCH) + 64;
-    let mut all = Vec::with_capacity(expected);
+    let mut all = Vec::with_capacity(expected.min(BATCH));
     // The cursor is a bucket number for hashes and a key for tries.
     let mut cursor = vec![0u8; size_of::<K>().max(8)];
     let mut first = true;
@@ -249,6 +249,11 @@ pub fn outer_set(outer: BorrowedFd<'_>, slot: u32, inner: BorrowedFd<'_>) -> io:
 /// Empties a slot.
 pub fn outer_clear(outer: BorrowedFd<'_>, slot: u32) -> io::Result<()> {
     map_delete(outer, &slot).map(drop)
+}
+
+/// Number of the inner map in a slot; 0 = empty.
+pub fn outer_id(outer: BorrowedFd<'_>, slot: u32) -> io::Result<u32> {
+    Ok(map_lookup::<u32, u32>(outer, &slot)?.unwrap_or(0))
 }
 
 /// The inner map in a slot; `None` = empty.

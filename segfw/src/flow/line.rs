@@ -321,7 +321,7 @@ mod tests {
                 event.pending %= 4;
                 event.local = names.identities.keys().nth(event.local as usize % names.identities.len()).copied().unwrap();
                 event.remote %= 6;
-                event.rule = names.rules.keys().next().copied().unwrap_or(0);
+                event.rule = (0..u32::from(u8::MAX)).find(|n| names.rules.get(*n).is_some()).unwrap_or(0);
             }
             let mut lines = Lines::default();
             check(&mut lines, &Item::Flow(Box::new(enrich(&event, &names))));

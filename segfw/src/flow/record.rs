@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// One line of the stream: something that happened, or the exact statement that something is missing here.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -338,6 +339,28 @@ pub struct CgroupWords {
     pub workload: Option<Text>,
 }
 
+/// Rules by number, in stretches that snapshots share: most revisions change a few rules of very many.
+#[derive(Clone, Debug, Default)]
+pub struct RuleNames(BTreeMap<u32, Arc<BTreeMap<u32, RuleWords>>>);
+
+impl RuleNames {
+    /// Numbers in one stretch.
+    const STRETCH: u32 = 256;
+
+    /// The words of a number.
+    pub fn get(&self, number: u32) -> Option<&RuleWords> {
+        self.0.get(&(number / Self::STRETCH))?.get(&number)
+    }
+
+    fn learn(&mut self, number: u32, RuleName { policy, rule, tier: _, at, entries: _ }: &RuleName) {
+        if self.get(number).is_some_and(|w| *w.policy == *policy && *w.rule == *rule && w.at == *at) {
+            return;
+        }
+        let words = RuleWords { policy: policy.as_str().into(), rule: rule.as_str().into(), at: at.clone() };
+        let _ = Arc::make_mut(self.0.entry(number / Self::STRETCH).or_default()).insert(number, words);
+    }
+}
+
 /// What numbers mean at this moment: a plain snapshot that the agent replaces as a whole.
 #[derive(Clone, Debug, Default)]
 pub struct Names {
@@ -346,7 +369,7 @@ pub struct Names {
     /// By identity.
     pub identities: BTreeMap<u32, Who>,
     /// By rule number.
-    pub rules: BTreeMap<u32, RuleWords>,
+    pub rules: RuleNames,
     /// By cgroup id.
     pub cgroups: BTreeMap<u64, CgroupWords>,
     /// Generation → revision.
@@ -357,19 +380,23 @@ pub struct Names {
 
 impl Names {
     /// Takes over what a compiled policy says its numbers mean. Older numbers stay: events of the last generation may
-    /// still come, and counters hold them.
+    /// still come, and counters hold them. `before` = the segments of the last time.
     pub fn learn(
         &mut self,
         identities: &BTreeMap<Identity, IdentityName>,
         rules: &BTreeMap<u32, RuleName>,
         segments: &[Segment],
+        before: Option<&[Segment]>,
     ) {
+        // A number never means another identity, and who is in which segment follows from both.
+        let known = before == Some(segments);
         for (identity, name) in identities {
-            let _ = self.identities.insert(identity.0, who(name, segments));
+            if !known || !self.identities.contains_key(&identity.0) {
+                let _ = self.identities.insert(identity.0, who(name, segments));
+            }
         }
-        for (number, RuleName { policy, rule, tier: _, at, entries: _ }) in rules {
-            let words = RuleWords { policy: policy.as_str().into(), rule: rule.as_str().into(), at: at.clone() };
-            let _ = self.rules.insert(*number, words);
+        for (number, name) in rules {
+            self.rules.learn(*number, name);
         }
     }
 
@@ -397,7 +424,7 @@ impl Names {
 
     /// (rule, policy) of a number; 0 = none.
     fn rule(&self, number: u32) -> (Option<Text>, Option<Text>) {
-        match self.rules.get(&number) {
+        match self.rules.get(number) {
             Some(words) => (Some(words.rule.clone()), Some(words.policy.clone())),
             None if number == 0 => (None, None),
             None => (Some(format!("#{number}").into()), None),
@@ -698,7 +725,7 @@ pub(crate) mod tests {
             policy: "payments-db-access".to_owned(),
             rule: rule.to_owned(),
             tier: Tier::Application,
-            at: Position { file: "payments.yaml".to_owned(), line, column: 7 },
+            at: Position { file: "payments.yaml".into(), line, column: 7 },
             entries: 1,
         };
         let rules = BTreeMap::from([(1, rule("api-to-db", 14)), (2, rule("no-vendor", 21))]);
@@ -707,7 +734,7 @@ pub(crate) mod tests {
             segment("payments-api", select("tier", "api")),
             segment("vendors", Members::Addresses(vec!["203.0.112.0/20".parse().unwrap()])),
         ];
-        names.learn(&identities, &rules, &segments);
+        names.learn(&identities, &rules, &segments, None);
         let words = CgroupWords { path: "/system.slice/postgresql.service".into(), workload: Some("postgres".into()) };
         let _ = names.cgroups.insert(4711, words);
         let _ = names.revisions.insert(3, 41);

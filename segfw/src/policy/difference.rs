@@ -99,7 +99,7 @@ fn parts(old: &Parts, new: &Parts) -> Vec<PartChange> {
 fn documents(files: &[(String, String)]) -> Documents {
     let mut found = Documents::new();
     for (file, text) in files {
-        yaml::read(file, text, &mut Vec::new(), |root, _| {
+        yaml::read(&file.as_str().into(), text, &mut Vec::new(), |root, _| {
             let (Some(kind), Some(meta)) = (get(&root, "kind").and_then(text_of), get(&root, "metadata")) else {
                 return;
             };

@@ -15,8 +15,10 @@ use super::{ports, schedule, selector};
 use ipnet::IpNet;
 use jiff::Timestamp;
 use segfw_common::{Evidence, LocalEntry};
+use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 /// The only version of the language.
 pub const API_VERSION: &str = "segfw.dev/v1";
@@ -223,38 +225,87 @@ pub enum CaseEnd {
 
 /// Text to documents. All problems at once; the order of the files has no meaning.
 pub fn parse(files: &[(String, String)]) -> (Vec<Document>, Vec<Problem>) {
-    let mut sorted: Vec<&(String, String)> = files.iter().collect();
-    sorted.sort();
-    let mut documents = Vec::new();
-    let mut problems = Vec::new();
-    let mut names: HashMap<(&'static str, String), Position> = HashMap::new();
-    let (mut bytes, mut count) = (0usize, 0usize);
-    for (file, text) in sorted {
-        let start = || Position { file: file.clone(), line: 1, column: 1 };
-        bytes = bytes.saturating_add(text.len());
-        if bytes > yaml::TOTAL_BYTES {
-            let why = format!("all files together have at most {} bytes", yaml::TOTAL_BYTES);
-            problems.push(Problem::error(start(), "this file and those after it are not read", why));
-            break;
-        }
-        yaml::read(file, text, &mut problems, |root, problems| {
+    let (documents, problems) = parse_again(files, &mut Cache::default());
+    // The cache is gone, so nobody else has them.
+    (documents.into_iter().map(Arc::unwrap_or_clone).collect(), problems)
+}
+
+/// What files said when they were read last, so that a change of one file costs the reading of one file. Holds what the
+/// last call of [`parse_again`] was given, and no more.
+#[derive(Debug, Default)]
+pub struct Cache(HashMap<String, Arc<Parsed>>);
+
+/// One file, read by itself.
+#[derive(Debug)]
+struct Parsed {
+    /// SHA-256 of the text.
+    digest: [u8; 32],
+    /// In the order of the text; where each begins, and `None` = it has mistakes.
+    documents: Vec<(Position, Option<Arc<Document>>)>,
+    problems: Vec<Problem>,
+}
+
+impl Parsed {
+    fn new(file: &str, text: &str, digest: [u8; 32]) -> Self {
+        let file: Arc<str> = file.into();
+        let (mut documents, mut problems) = (Vec::new(), Vec::new());
+        yaml::read(&file, text, &mut problems, |root, problems| {
             if matches!(root.value, Value::Nothing) {
                 return;
             }
+            let at = root.at(&file);
+            // What will not be counted need not be understood.
+            let document = (documents.len() < yaml::DOCUMENTS).then(|| Reader::new(&file, problems).document(&root));
+            documents.push((at, document.flatten().map(Arc::new)));
+        });
+        documents.shrink_to_fit();
+        Self { digest, documents, problems }
+    }
+}
+
+/// Bytes of text that are worth a thread: below it, starting one takes longer than reading.
+const WORTH_A_THREAD: usize = 1 << 20;
+
+/// As [`parse`], and reads only what is not as it was in `cache`.
+pub fn parse_again(files: &[(String, String)], cache: &mut Cache) -> (Vec<Arc<Document>>, Vec<Problem>) {
+    let mut sorted: Vec<&(String, String)> = files.iter().collect();
+    sorted.sort();
+    let mut problems = Vec::new();
+    let mut bytes = 0usize;
+    let fits = sorted.iter().take_while(|(_, text)| {
+        bytes = bytes.saturating_add(text.len());
+        bytes <= yaml::TOTAL_BYTES
+    });
+    let read = fits.count();
+    if let Some((file, _)) = sorted.get(read) {
+        let why = format!("all files together have at most {} bytes", yaml::TOTAL_BYTES);
+        let start = Position { file: file.as_str().into(), line: 1, column: 1 };
+        problems.push(Problem::error(start, "this file and those after it are not read", why));
+    }
+    sorted.truncate(read);
+    let before = std::mem::take(&mut cache.0);
+    let parsed = parse_files(&sorted, &before);
+
+    let mut documents = Vec::new();
+    let mut names: HashMap<(&'static str, String), Position> = HashMap::new();
+    let mut count = 0usize;
+    for file in &parsed {
+        problems.extend(file.problems.iter().cloned());
+        for (at, document) in &file.documents {
             count += 1;
             if count > yaml::DOCUMENTS {
                 if count == yaml::DOCUMENTS + 1 {
                     let why = format!("all files together have at most {} documents", yaml::DOCUMENTS);
-                    problems.push(Problem::error(root.at(file), "this document and those after it are not read", why));
+                    problems.push(Problem::error(at.clone(), "this document and those after it are not read", why));
                 }
-                return;
+                continue;
             }
-            let Some(document) = Reader::new(file, problems).document(&root) else { return };
+            let Some(document) = document else { continue };
             let meta = document.meta();
             match names.entry((document.kind(), meta.name.clone())) {
                 std::collections::hash_map::Entry::Vacant(entry) => {
                     let _ = entry.insert(meta.at.clone());
-                    documents.push(document);
+                    documents.push(Arc::clone(document));
                 }
                 std::collections::hash_map::Entry::Occupied(first) => {
                     let Position { file, line, column } = first.get();
@@ -263,9 +314,48 @@ pub fn parse(files: &[(String, String)]) -> (Vec<Document>, Vec<Problem>) {
                     problems.push(Problem::error(meta.at.clone(), what, why));
                 }
             }
-        });
+        }
     }
+    cache.0 = sorted.iter().map(|(name, _)| name.clone()).zip(parsed).collect();
     (documents, problems)
+}
+
+/// Each file by itself, in the given order, on as many threads as there are processors.
+fn parse_files(files: &[&(String, String)], before: &HashMap<String, Arc<Parsed>>) -> Vec<Arc<Parsed>> {
+    let one = |(file, text): &(String, String)| -> Arc<Parsed> {
+        let digest: [u8; 32] = Sha256::digest(text.as_bytes()).into();
+        let known = before.get(file).filter(|parsed| parsed.digest == digest);
+        known.map_or_else(|| Arc::new(Parsed::new(file, text, digest)), Arc::clone)
+    };
+    let bytes: usize = files.iter().map(|(_, text)| text.len()).sum();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(bytes / WORTH_A_THREAD).max(1);
+    if threads == 1 {
+        return files.iter().copied().map(one).collect();
+    }
+    // Files differ in size and in whether they are known: each thread takes the next one that nobody has taken.
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let take = || {
+        let mut taken = Vec::new();
+        loop {
+            let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let Some(file) = files.get(i) else { return taken };
+            taken.push((i, one(file)));
+        }
+    };
+    let mut all: Vec<(usize, Arc<Parsed>)> = std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(take)).collect();
+        let mut all = take();
+        for other in others {
+            match other.join() {
+                Ok(taken) => all.extend(taken),
+                // Not swallowed: half of the files would be another policy.
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        all
+    });
+    all.sort_by_key(|(i, _)| *i);
+    all.into_iter().map(|(_, parsed)| parsed).collect()
 }
 
 /// Entry of the fuzzer: reads, resolves, and must neither panic nor take long, whatever the bytes.
@@ -297,7 +387,7 @@ impl<'n> Fields<'n> {
 
 /// Typed readers over the tree. Each gives `None` after it has said what is wrong, so that the caller reads on.
 struct Reader<'r> {
-    file: &'r str,
+    file: &'r Arc<str>,
     problems: &'r mut Vec<Problem>,
     /// Problems that may still be told of this document.
     left: usize,
@@ -306,7 +396,7 @@ struct Reader<'r> {
 }
 
 impl<'r> Reader<'r> {
-    fn new(file: &'r str, problems: &'r mut Vec<Problem>) -> Self {
+    fn new(file: &'r Arc<str>, problems: &'r mut Vec<Problem>) -> Self {
         Self { file, problems, left: PROBLEMS_PER_FILE, untold: None }
     }
 

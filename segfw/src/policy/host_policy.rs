@@ -4,6 +4,7 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use segfw_common::Evidence;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// A set of labels. Sorted, so that equal sets have equal text and equal digests.
 pub type Labels = BTreeMap<String, String>;
@@ -12,7 +13,7 @@ pub type Labels = BTreeMap<String, String>;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Position {
     /// As given to the loader, relative to the policy folder.
-    pub file: String,
+    pub file: Arc<str>,
     /// From 1.
     pub line: u32,
     /// From 1, in characters.
@@ -31,7 +32,7 @@ pub struct HostPolicy {
 }
 
 /// A named set of workloads or of addresses.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     pub name: String,
     pub owner: Option<String>,
@@ -52,7 +53,7 @@ pub struct Segment {
 }
 
 /// Who is in a segment.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Members {
     Workloads(Selector),
     Addresses(Vec<IpNet>),

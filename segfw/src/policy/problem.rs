@@ -102,7 +102,7 @@ impl Serialize for Problem {
         let Self { severity, at: Position { file, line, column }, what, why, help } = self;
         let mut s = serializer.serialize_struct("Problem", 7)?;
         s.serialize_field("severity", severity)?;
-        s.serialize_field("file", file)?;
+        s.serialize_field("file", &**file)?;
         s.serialize_field("line", line)?;
         s.serialize_field("column", column)?;
         s.serialize_field("what", what)?;

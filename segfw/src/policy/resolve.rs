@@ -1,7 +1,7 @@
 //! Documents to [`HostPolicy`]: names looked up, defaults settled, rules in order of precedence; and the warnings that
 //! need all documents at once.
 
-use super::document::{At, CaseDoc, Document, PeerDoc, PolicyDoc, RuleDoc, SegmentDoc, TestDoc, WorkloadDoc};
+use super::document::{At, Cache, CaseDoc, Document, PeerDoc, PolicyDoc, RuleDoc, SegmentDoc, TestDoc, WorkloadDoc};
 use super::host_policy::{
     HostPolicy, Labels, Members, PeerSpec, PortSpec, Position, Requirement, Rule, RuleAction, Segment, Selector, Tier,
 };
@@ -12,7 +12,9 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use segfw_common::{Evidence, Proto};
 use sha2::{Digest, Sha256};
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
 
 /// Comparisons spent on each kind of advice (near misses, shadowed rules). Advice is worth about a second, even where
 /// the documents are hostile; when it is used up, a warning says that there is no more.
@@ -31,13 +33,13 @@ pub struct HostSettings {
 }
 
 /// The policy of this host, and every problem, sorted. With an error among the problems the policy must not be used.
-pub fn resolve(
-    docs: &[Document],
+pub fn resolve<D: Borrow<Document>>(
+    docs: &[D],
     inventory: &Inventory,
     host: &HostSettings,
     now: Timestamp,
 ) -> (HostPolicy, Vec<Problem>) {
-    let mut sorted: Vec<&Document> = docs.iter().collect();
+    let mut sorted: Vec<&Document> = docs.iter().map(Borrow::borrow).collect();
     sorted.sort_by(|a, b| (&a.meta().name, &a.meta().at).cmp(&(&b.meta().name, &b.meta().at)));
     let (mut workloads, mut segments, mut policies, mut tests) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for doc in sorted {
@@ -103,7 +105,29 @@ pub fn read(
     host: &HostSettings,
     now: Timestamp,
 ) -> (Vec<Document>, HostPolicy, Problems) {
-    let (docs, mut problems) = super::document::parse(files);
+    let (docs, problems) = super::document::parse(files);
+    judged(docs, problems, inventory, host, now)
+}
+
+/// As [`read`], and reads only the files that are not as they were in `cache`.
+pub fn read_again(
+    files: &[(String, String)],
+    cache: &mut Cache,
+    inventory: impl FnOnce(&[Arc<Document>]) -> Inventory,
+    host: &HostSettings,
+    now: Timestamp,
+) -> (Vec<Arc<Document>>, HostPolicy, Problems) {
+    let (docs, problems) = super::document::parse_again(files, cache);
+    judged(docs, problems, inventory, host, now)
+}
+
+fn judged<D: Borrow<Document>>(
+    docs: Vec<D>,
+    mut problems: Vec<Problem>,
+    inventory: impl FnOnce(&[D]) -> Inventory,
+    host: &HostSettings,
+    now: Timestamp,
+) -> (Vec<D>, HostPolicy, Problems) {
     let (policy, mut more) = resolve(&docs, &inventory(&docs), host, now);
     if problems.iter().any(|p| p.severity == Severity::Error) {
         more.retain(|p| p.severity == Severity::Error);

@@ -4,8 +4,10 @@ use super::host_policy::{Labels, Position};
 use ipnet::IpNet;
 use segfw_common::rule::PrefixKey;
 use segfw_common::{Addr, Identity, LocalEntry, Lookup, Proto, RuleEntry, RuleKey};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// One generation as plain data. Equal input gives equal tables, to the byte.
 #[derive(Clone, Debug, Default)]
@@ -44,15 +46,38 @@ pub struct RuleName {
 
 /// Numbers for identities and rules. Once given, a number keeps its meaning as long as the pinned maps live, since
 /// sockets and counters hold it; the agent therefore stores this beside the maps.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Numbers {
     /// Canonical text (`app=web,tier=api`, `10.0.0.0/8`) → number, from `Identity::FIRST_DYNAMIC`.
-    pub identities: BTreeMap<String, u32>,
+    pub identities: Given,
     /// `policy/rule` → number, from 1.
-    pub rules: BTreeMap<String, u32>,
+    pub rules: Given,
     /// Added to both; see [`Numbers::skip`].
     #[serde(default)]
     base: u32,
+}
+
+/// Numbers by text. Copies share it until one of them gets a new number: most revisions are tried and given none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Given(Arc<BTreeMap<String, u32>>);
+
+impl std::ops::Deref for Given {
+    type Target = BTreeMap<String, u32>;
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl Serialize for Given {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Given {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        BTreeMap::deserialize(deserializer).map(|map| Self(Arc::new(map)))
+    }
 }
 
 impl Numbers {
@@ -73,13 +98,13 @@ impl Numbers {
     }
 }
 
-fn number(map: &mut BTreeMap<String, u32>, key: &str, first: u32) -> u32 {
+fn number(map: &mut Given, key: &str, first: u32) -> u32 {
     if let Some(n) = map.get(key) {
         return *n;
     }
     // Numbers are never reused, so the count is the next one.
     let n = first + map.len() as u32;
-    let _ = map.insert(key.to_owned(), n);
+    let _ = Arc::make_mut(&mut map.0).insert(key.to_owned(), n);
     n
 }
 
@@ -121,6 +146,15 @@ impl Tables {
             digest.put(&class.to_le_bytes());
         }
         digest.finish()
+    }
+
+    /// Would the kernel get the same? What [`Self::digest`] covers, compared entry by entry.
+    pub fn say_the_same(&self, other: &Self) -> bool {
+        self.rules == other.rules
+            && self.timeline == other.timeline
+            && self.locals == other.locals
+            && self.prefixes == other.prefixes
+            && self.classes == other.classes
     }
 
     /// The number of a label set or prefix, where these tables know it.

@@ -1133,3 +1133,43 @@ proptest! {
         prop_assert_eq!(format!("{policy:?}"), format!("{expect:?}"));
     }
 }
+
+#[test]
+fn what_was_read_before_is_as_if_it_were_read_now() {
+    use super::document::{Cache, parse_again};
+    let segment = |name: &str, padding: usize| {
+        let comment = "# padding\n".repeat(padding);
+        format!(
+            "apiVersion: segfw.dev/v1\nkind: Segment\nmetadata: {{name: {name}}}\nspec: {{select: {{app: {name}}}}}\n{comment}"
+        )
+    };
+    // Enough bytes for several threads; a duplicate name; a mistake.
+    let mut files: Vec<(String, String)> =
+        (0..40).map(|i| (format!("{i:02}.yaml"), segment(&format!("s{i}"), 8_000))).collect();
+    files.push(("twice.yaml".into(), segment("s7", 0)));
+    files.push(("wrong.yaml".into(), segment("x", 0).replace("select", "selcet")));
+    let mut cache = Cache::default();
+    let mut same = |files: &[(String, String)]| {
+        let (documents, problems) = parse_again(files, &mut cache);
+        let (want, expected) = parse(files);
+        assert_eq!(format!("{documents:?}"), format!("{want:?}"));
+        assert_eq!(format!("{problems:?}"), format!("{expected:?}"));
+        (documents.len(), problems.len())
+    };
+    let (documents, problems) = same(&files);
+    assert_eq!(documents, 41);
+    assert!(problems >= 2, "{problems}");
+    assert_eq!(same(&files), (documents, problems));
+    // Another text, another name for a text, one less, one more: the duplicate is the other one now.
+    files[3].1 = segment("other", 2);
+    files[7].0 = "zz.yaml".into();
+    let _ = files.remove(12);
+    files.push(("new.yaml".into(), segment("s12", 0)));
+    assert_eq!(same(&files), (documents, problems));
+    // A mistake is mended, and comes again.
+    let mended = files.iter().position(|f| f.0 == "wrong.yaml").unwrap();
+    let wrong = std::mem::replace(&mut files[mended].1, segment("x", 0));
+    assert!(same(&files).1 < problems);
+    files[mended].1 = wrong;
+    assert_eq!(same(&files), (documents, problems));
+}

@@ -13,8 +13,13 @@ const GLOB_BYTES: usize = 1_024;
 #[derive(Clone, Debug)]
 pub struct Glob {
     pub text: String,
-    matcher: globset::GlobMatcher,
+    /// `None` = it has no wildcard, as most have none: compared as text, and nothing to keep. Every cgroup is tried on every
+    /// pattern, so this is what a host with a thousand workloads pays for.
+    matcher: Option<globset::GlobMatcher>,
 }
+
+/// What has a meaning of its own in a glob.
+const WILDCARDS: [char; 6] = ['*', '?', '[', ']', '{', '}'];
 
 impl Glob {
     /// `path`: `*` stops at `/`, `**` does not.
@@ -25,15 +30,18 @@ impl Glob {
         if text.len() > GLOB_BYTES {
             return Err(format!("a glob has at most {GLOB_BYTES} bytes"));
         }
+        if !text.contains(WILDCARDS) {
+            return Ok(Self { text: text.to_owned(), matcher: None });
+        }
         let glob = globset::GlobBuilder::new(text)
             .literal_separator(path)
             .backslash_escape(false)
             .build()
             .map_err(|error| error.kind().to_string())?;
-        Ok(Self { text: text.to_owned(), matcher: glob.compile_matcher() })
+        Ok(Self { text: text.to_owned(), matcher: Some(glob.compile_matcher()) })
     }
     pub fn matches(&self, text: &str) -> bool {
-        self.matcher.is_match(text)
+        self.matcher.as_ref().map_or(self.text == text, |matcher| matcher.is_match(text))
     }
 }
 
@@ -224,6 +232,25 @@ mod tests {
         format!(
             "---\n{{apiVersion: segfw.dev/v1, kind: Workload, metadata: {{name: {name}}}, spec: {{match: [{{{matcher}}}], labels: {{{labels}}}}}}}\n"
         )
+    }
+
+    #[test]
+    fn a_pattern_without_wildcards_is_its_text() {
+        let texts =
+            ["nginx.service", "/a.slice/b.service", r"foo\x2dbar.service", "a,b", "!a", "a-b", "ä", "/a//b/", "."];
+        for path in [false, true] {
+            for text in texts {
+                assert!(Glob::new(text, path).unwrap().matcher.is_none());
+                let mut real = globset::GlobBuilder::new(text);
+                let real = real.literal_separator(path).backslash_escape(false).build().unwrap().compile_matcher();
+                for other in texts.iter().map(|t| t.to_string()).chain(texts.map(|t| format!("{t}x"))) {
+                    assert_eq!(Glob::new(text, path).unwrap().matches(&other), real.is_match(&other), "{text} {other}");
+                }
+            }
+        }
+        for text in ["*", "a?", "[ab]", "{a,b}"] {
+            assert!(Glob::new(text, false).unwrap().matcher.is_some(), "{text}");
+        }
     }
 
     #[test]

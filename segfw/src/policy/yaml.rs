@@ -8,6 +8,7 @@ use super::host_policy::Position;
 use super::problem::{Fault, PROBLEMS_PER_FILE, Problem, quote};
 use serde_saphyr::granit_parser::{self, Event, Parser, ScalarStyle, Span};
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// Bytes of one file. The largest policies people report are some megabytes.
 pub const FILE_BYTES: usize = 10 << 20;
@@ -63,8 +64,8 @@ pub fn settings<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String>
 }
 
 impl Node {
-    pub fn at(&self, file: &str) -> Position {
-        Position { file: file.to_owned(), line: self.line, column: self.column }
+    pub fn at(&self, file: &Arc<str>) -> Position {
+        Position { file: Arc::clone(file), line: self.line, column: self.column }
     }
 }
 
@@ -78,9 +79,9 @@ pub fn inside(at: &Position, text: &Text, fault: Fault) -> Problem {
 }
 
 /// Reads one file and hands each document on as soon as it is read. Never panics, whatever the bytes.
-pub fn read(file: &str, text: &str, problems: &mut Vec<Problem>, mut each: impl FnMut(Node, &mut Vec<Problem>)) {
+pub fn read(file: &Arc<str>, text: &str, problems: &mut Vec<Problem>, mut each: impl FnMut(Node, &mut Vec<Problem>)) {
     let at = |line: usize, column: usize| Position {
-        file: file.to_owned(),
+        file: Arc::clone(file),
         line: u32::try_from(line).unwrap_or(u32::MAX),
         column: u32::try_from(column).unwrap_or(u32::MAX),
     };

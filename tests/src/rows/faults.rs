@@ -410,6 +410,9 @@ fn variant(policy: &str, n: usize) -> String {
     more.0
 }
 
+/// How long the traffic goes on after the work.
+const TRAFFIC_AFTER: Duration = Duration::from_secs(2);
+
 /// `work` while an open connection talks without a pause and two clients try what is denied.
 fn under_traffic(stage: &mut Stage, shot: &Shot, work: impl FnOnce(&mut Stage) -> Result<()>) -> Result<Outcome> {
     let dst = stage.address(shot, "b");
@@ -428,6 +431,8 @@ fn under_traffic(stage: &mut Stage, shot: &Shot, work: impl FnOnce(&mut Stage) -
         stage.actor("ext").must(&Cmd::Retry { addr: denied })?;
     }
     let worked = work(stage);
+    // A revision is in force within milliseconds; the client that meets silence needs about two seconds for its attempts.
+    std::thread::sleep(TRAFFIC_AFTER);
     let tally = |actor: &mut Actor| -> Result<Tally> { Ok(serde_json::from_str(&actor.must(&Cmd::Tally)?.data)?) };
     let (own, foreign) = (tally(stage.actor("cli"))?, tally(stage.actor("ext"))?);
     tidy(stage)?;
