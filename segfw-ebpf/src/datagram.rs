@@ -457,41 +457,47 @@ fn answers(protocol: u16, kind: u16) -> bool {
 
 /// `cgroup_skb/ingress` for all that is not TCP.
 #[inline(never)]
-pub fn ingress(skb: *mut __sk_buff, sk: &bpf_sock, state: &mut SocketState, kernel: Kernel) -> Answer {
-    let mut packet = Packet::EMPTY;
-    if !read(skb, &mut packet) {
-        return unreadable(&kernel, state);
-    }
+pub fn ingress(skb: *mut __sk_buff, sk: &bpf_sock, state: &mut SocketState) -> Answer {
+    let kernel = Kernel::read();
+    // The packet's room on the stack is free again once the flow is known.
+    let mut flow = {
+        let mut packet = Packet::EMPTY;
+        if !read(skb, &mut packet) {
+            return unreadable(&kernel, state);
+        }
+        if answers(packet.protocol, packet.destination_port) {
+            return Answer::Pass;
+        }
+        Flow {
+            direction: Direction::Ingress,
+            protocol: packet.protocol,
+            local: state.local(),
+            workload: state.workload,
+            netns: state.netns,
+            local_addr: packet.destination,
+            remote_addr: packet.source,
+            local_port: packet.destination_port,
+            remote_port: packet.source_port,
+        }
+    };
     if cached(state, kernel.generation)
         && state.direction == Direction::Egress as u8
-        && state.remote_port == packet.source_port
-        && state.remote_addr == packet.source
+        && state.remote_port == flow.remote_port
+        && state.remote_addr == flow.remote_addr
     {
-        return Answer::Pass;
-    }
-    if answers(packet.protocol, packet.destination_port) {
         return Answer::Pass;
     }
     if state.generation != kernel.generation {
         refresh(state);
+        flow.local = state.local();
+        flow.workload = state.workload;
     }
-    let mut flow = Flow {
-        direction: Direction::Ingress,
-        protocol: packet.protocol,
-        local: state.local(),
-        workload: state.workload,
-        netns: state.netns,
-        local_addr: packet.destination,
-        remote_addr: packet.source,
-        local_port: packet.destination_port,
-        remote_port: packet.source_port,
-    };
     let mut j = unjudged();
     // From the peer that this socket asked: the answer to the question belongs to it, judged as the question was.
     if state.verdict != 0
         && state.direction == Direction::Egress as u8
-        && state.remote_port == packet.source_port
-        && state.remote_addr == packet.source
+        && state.remote_port == flow.remote_port
+        && state.remote_addr == flow.remote_addr
     {
         flow.direction = Direction::Egress;
         judge(&kernel, &flow, &mut j);
@@ -505,8 +511,8 @@ pub fn ingress(skb: *mut __sk_buff, sk: &bpf_sock, state: &mut SocketState, kern
         return Answer::Pass;
     }
     flow.direction = Direction::Ingress;
-    if packet.protocol == ipproto::UDP && sk.state != 0 {
-        introduce(skb, &kernel, &packet, state.netns);
+    if flow.protocol == ipproto::UDP && sk.state != 0 {
+        introduce(skb, &kernel, &flow);
     }
     judge(&kernel, &flow, &mut j);
     if j.decision.passes() {
@@ -531,33 +537,33 @@ pub fn ingress(skb: *mut __sk_buff, sk: &bpf_sock, state: &mut SocketState, kern
 /// A connected UDP socket that never bound a port shows it to no hook of ours. When its datagram arrives on this host,
 /// the socket is looked up from the other side and entered into the endpoint table.
 #[inline(never)]
-fn introduce(skb: *mut __sk_buff, kernel: &Kernel, packet: &Packet, netns: u64) {
-    if !packet.source.is_loopback() {
-        match kernel.address(&packet.source) {
-            Some(entry) if entry.netns == netns => {}
+fn introduce(skb: *mut __sk_buff, kernel: &Kernel, flow: &Flow) {
+    if !flow.remote_addr.is_loopback() {
+        match kernel.address(&flow.remote_addr) {
+            Some(entry) if entry.netns == flow.netns => {}
             Some(_) | None => return,
         }
     }
-    if segfw_common::decide::endpoint(kernel, netns, &packet.source, ipproto::UDP, packet.source_port).is_some() {
+    if segfw_common::decide::endpoint(kernel, flow.netns, &flow.remote_addr, ipproto::UDP, flow.remote_port).is_some() {
         return;
     }
     // From the view of the sender's socket the datagram's destination is the peer.
-    let (sport, dport) = (packet.destination_port.to_be(), packet.source_port.to_be());
+    let (sport, dport) = (flow.local_port.to_be(), flow.remote_port.to_be());
     let mut words = [0u32; 9];
-    let length = if packet.source.is_v4() {
-        words[0] = packet.destination.0[3];
-        words[1] = packet.source.0[3];
+    let length = if flow.remote_addr.is_v4() {
+        words[0] = flow.local_addr.0[3];
+        words[1] = flow.remote_addr.0[3];
         words[2] = u32::from(sport) | u32::from(dport) << 16;
         12
     } else {
-        words[0] = packet.destination.0[0];
-        words[1] = packet.destination.0[1];
-        words[2] = packet.destination.0[2];
-        words[3] = packet.destination.0[3];
-        words[4] = packet.source.0[0];
-        words[5] = packet.source.0[1];
-        words[6] = packet.source.0[2];
-        words[7] = packet.source.0[3];
+        words[0] = flow.local_addr.0[0];
+        words[1] = flow.local_addr.0[1];
+        words[2] = flow.local_addr.0[2];
+        words[3] = flow.local_addr.0[3];
+        words[4] = flow.remote_addr.0[0];
+        words[5] = flow.remote_addr.0[1];
+        words[6] = flow.remote_addr.0[2];
+        words[7] = flow.remote_addr.0[3];
         words[8] = u32::from(sport) | u32::from(dport) << 16;
         36
     };

@@ -226,9 +226,10 @@ pub fn ingress(ctx: &SkBuffContext) -> Answer {
     };
     if protocol != ipproto::TCP {
         // SAFETY: checked for null above.
-        return datagram::ingress(skb, unsafe { &*full }, state, kernel);
+        return datagram::ingress(skb, unsafe { &*full }, state);
     }
-    if tcp_state == TCP_LISTEN { handshake(skb, state, kernel) } else { alive(skb, state, kernel) }
+    // Each reads the tables in force anew: what it would take over here costs room on the stack.
+    if tcp_state == TCP_LISTEN { handshake(skb, state) } else { alive(skb, state) }
 }
 
 /// A socket that is older than the agent, or that the kernel made for itself: resolved on first sight.
@@ -244,7 +245,8 @@ pub fn adopt<'a>(skb: *mut __sk_buff, sk: *mut bpf_sock, protocol: u16) -> Optio
 /// since it follows from the addresses alone. Not inlined: the frames of a chain of calls share 512 bytes, and kernels below
 /// 6.3 round each up to 32.
 #[inline(never)]
-fn handshake(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> Answer {
+fn handshake(skb: *mut __sk_buff, state: &mut SocketState) -> Answer {
+    let kernel = Kernel::read();
     // A listener's own answer stays "none": the number says only for which generation its cgroup was looked up.
     if state.generation != kernel.generation {
         refresh(state);
@@ -338,7 +340,8 @@ fn answered<'a>(state: &SocketState, flow: &Flow, generation: u32, sequence: u32
 
 /// A segment of a connection whose cached answer is missing, of an older generation, past its time, or a refusal.
 #[inline(never)]
-fn alive(skb: *mut __sk_buff, state: &mut SocketState, kernel: Kernel) -> Answer {
+fn alive(skb: *mut __sk_buff, state: &mut SocketState) -> Answer {
+    let kernel = Kernel::read();
     if state.generation == kernel.generation && state.verdict == Verdict::Denied as u8 {
         return Answer::Refuse;
     }
