@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, reason = "a command-line tool")]
 
 mod control;
+mod count;
 mod flows;
 mod goals;
 mod machine;
@@ -34,7 +35,8 @@ cargo xtask bench [--quick] [--only WORK,..] [--peers PEER,..] [--places loopbac
   --rounds         turns of each peer (21), and repetitions of what takes seconds (7)
   --instructions   in a guest that counts instructions (cargo xtask vm); rr,crr,udp over loopback unless told otherwise
   --out            where bench.json, README.md and the plots go (target/bench)
-  --render         no measurement: page and plots from the JSON files in --out";
+  --render         no measurement: page and plots from the JSON files in --out
+  --count WHAT     programs, compile, events: fixed work, for cargo xtask guard";
 
 /// What was asked for.
 pub(crate) struct Options {
@@ -53,6 +55,8 @@ pub(crate) struct Options {
     pub(crate) out: PathBuf,
     /// Only the page and the plots, from the files that are there.
     render: bool,
+    /// Nothing but this fixed work.
+    count: Option<String>,
 }
 
 impl Options {
@@ -67,6 +71,7 @@ impl Options {
             instructions: false,
             out: "target/bench".into(),
             render: false,
+            count: None,
         };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
@@ -82,6 +87,7 @@ impl Options {
                 "--places" => options.places = value()?.split(',').map(str::to_owned).collect(),
                 "--sizes" => options.sizes = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
                 "--render" => options.render = true,
+                "--count" => options.count = Some(value()?),
                 "--instructions" => options.instructions = true,
                 "--rounds" => options.rounds = value()?.parse()?,
                 "--out" => options.out = value()?.into(),
@@ -163,6 +169,9 @@ fn main() -> Result<()> {
     let options = Options::parse()?;
     if options.render {
         return page::render(&options.out);
+    }
+    if let Some(what) = &options.count {
+        return count::run(what);
     }
     ensure!(nix::unistd::geteuid().is_root(), "this makes cgroups and loads eBPF programs: run it as root");
     world::clean_up_on_signals()?;
