@@ -40,7 +40,7 @@ const KINDS: [(&str, &str, f64, &str); 8] = [
     ("decide/", "", 2.0, "probe_decide: one decision"),
     ("outer-wall/", "", 2.0, "outer_wall: one SYN"),
     ("skb-ingress/", "", 2.0, "skb_ingress: one datagram"),
-    ("", "/per-10000-of-none", 0.5, "the same by that of no firewall, times 10,000"),
+    ("", "/per-10000-of-none", 0.3, "the same by that of no firewall, times 10,000"),
     ("", "", 1.0, "one operation on loopback, both ends, kernel and user space"),
     ("user/", "", 1.0, "user space, by callgrind, unoptimised build"),
 ];
