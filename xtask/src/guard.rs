@@ -102,7 +102,8 @@ pub(crate) fn run_guard(args: &[String]) -> Result<()> {
 }
 
 fn percent(was: u64, is: u64) -> f64 {
-    (is as f64 / was.max(1) as f64 - 1.0) * 100.0
+    // In this order, so that a whole percent is one.
+    (is as f64 - was as f64) * 100.0 / was.max(1) as f64
 }
 
 fn change(was: u64, is: u64) -> String {
