@@ -7,20 +7,20 @@
 
 use crate::Answer;
 use crate::datagram::{monitored, refusal};
-use crate::emit::{About, CALLER, NOBODY, report};
+use crate::emit::{About, CALLER, NOBODY, loaded, report};
 use crate::judge::{Judgement, judge, opaque_zero, unjudged};
 use crate::maps::{Kernel, cgroup, count, listener};
 use crate::socket::{current, unpack};
 use crate::stream::forget;
-use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
+use aya_ebpf::helpers::generated::{bpf_get_current_cgroup_id, bpf_probe_read_kernel};
 use core::ffi::c_void;
 use segfw_common::decide::{Peer, standing};
 use segfw_common::event::{Counter, Hook};
 use segfw_common::packet::{self, Bytes, Packet};
 use segfw_common::rule::ipproto;
 use segfw_common::{
-    Addr, Decision, Direction, EventKind, Evidence, Flow, Identity, Listener, LocalEntry, Lookup, Reason, Verdict,
-    conn, control,
+    Addr, Decision, Direction, EventKind, Evidence, Flow, Identity, Listener, LocalEntry, Lookup, Party, Reason,
+    Verdict, conn, control,
 };
 
 /// Offsets in bytes in structures of the running kernel; see [`conn::Layout`].
@@ -145,6 +145,25 @@ pub fn request(sk: u64, skb: u64) -> Answer {
     Answer::Refuse
 }
 
+/// 1 where a security check may ask for the ancestors of the caller's cgroup (5.16); set by the loader, a constant for the
+/// verifier.
+#[unsafe(no_mangle)]
+static CHECKS_KNOW_ANCESTORS: u32 = 1;
+
+/// Who asks for a socket. Without the ancestors a cgroup that is not registered is unresolved, until the agent has seen it.
+#[inline(always)]
+fn caller(own: &mut u64) -> Party {
+    if loaded(&CHECKS_KNOW_ANCESTORS) != 0 {
+        return unpack(current(own));
+    }
+    // SAFETY: a helper without pointers.
+    *own = unsafe { bpf_get_current_cgroup_id() };
+    match cgroup(*own) {
+        Some(entry) => Party { identity: entry.identity, workload: entry.workload },
+        None => Party { identity: Identity::UNRESOLVED.0, workload: 0 },
+    }
+}
+
 /// `socket_create(family, type, protocol, kern)`: an allowlist. The families that pass are those other hooks judge (IPv4,
 /// IPv6), and those that stay on this host (local, netlink).
 #[inline(always)]
@@ -156,9 +175,9 @@ pub fn family(family: u32, kind: u32, protocol: u32, kern: u32) -> Answer {
         return Answer::Pass;
     }
     let kernel = Kernel::read();
-    let mut cgroup = 0;
-    let party = unpack(current(&mut cgroup));
-    if party.identity == Identity::HOST.0 && kernel.host_flags() & control::HOST_PART != 0 {
+    let mut own = 0;
+    let party = caller(&mut own);
+    if party.identity <= Identity::HOST.0 && kernel.host_flags() & control::HOST_PART != 0 {
         return Answer::Pass;
     }
     let Some((_, local)) = standing(&kernel, Identity(party.identity)) else { return Answer::Pass };
@@ -193,7 +212,7 @@ pub fn family(family: u32, kind: u32, protocol: u32, kern: u32) -> Answer {
         family: family as u8,
         generation: kernel.generation,
         sequence: 0,
-        cgroup,
+        cgroup: own,
     };
     report(&about, &flow, &j, CALLER);
     refusal(&j)

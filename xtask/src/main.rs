@@ -4,6 +4,7 @@
 mod checks;
 mod clean;
 mod dist;
+mod guard;
 mod setup;
 mod totals;
 mod vm;
@@ -21,8 +22,9 @@ cargo xtask COMMAND
   demo    Three services, one policy, live: allowed, denied, and a connection that is cut (needs root, ~20 s)
   test    All tests; those that load eBPF need root and are named as skipped without it
   bench   segfw beside nftables, iptables and nothing, and what its agent needs (root; half an hour; `bench --quick`)
+  guard   Instructions of the hot paths against tests/instructions.txt (`guard --accept` writes it)
   lint    Formatting, clippy on every crate, licences and sources of all dependencies
-  ci      lint, then test
+  ci      lint, test, guard
   dist    Packages into target/dist: deb, rpm, tarball, OCI image, SBOM, SHA256SUMS (--profile dev, --only KIND)
   vm      Debian's kernels under QEMU: `cargo xtask vm help`
   clean   Remove what interrupted test runs left in the kernel, then run cargo clean (target/tools and target/vm stay)
@@ -41,8 +43,12 @@ fn main() -> ExitCode {
         "demo" => demo(),
         "test" => setup::run().and_then(|()| totals::test(rest.strip_prefix(&["--".to_owned()][..]).unwrap_or(rest))),
         "bench" => bench(rest.strip_prefix(&["--".to_owned()][..]).unwrap_or(rest)),
+        "guard" => guard::run_guard(rest),
         "lint" => setup::build_tools().and_then(|()| checks::lint()),
-        "ci" => setup::run().and_then(|()| checks::lint()).and_then(|()| totals::test(&[])),
+        "ci" => setup::run()
+            .and_then(|()| checks::lint())
+            .and_then(|()| totals::test(&[]))
+            .and_then(|()| guard::run_guard(&[])),
         "dist" => setup::build_tools().and_then(|()| dist::run_all(rest)),
         "vm" => vm::run(rest),
         "clean" => clean::run(),

@@ -26,6 +26,9 @@ const BESIDE: [Package; 10] = [
     ("man", "man-db"),
 ];
 
+/// Counts instructions of user space.
+const COUNTER: Package = ("valgrind", "valgrind");
+
 /// What the benchmark compares with.
 const PEERS: [Package; 4] = [
     ("nft", "nftables"),
@@ -55,6 +58,14 @@ pub(crate) fn to_run() -> Result<()> {
 pub(crate) fn to_bench() -> Result<()> {
     build_tools()?;
     packages(&[&[NAMESPACES][..], &PEERS].concat())
+}
+
+/// What counting instructions needs beside a guest (`vm::fetch` sees to that).
+pub(crate) fn to_count() -> Result<()> {
+    build_tools()?;
+    packages(&[NAMESPACES, COUNTER])?;
+    anyhow::ensure!(has(COUNTER.0), "there is no {}: install the package {} (Debian's name)", COUNTER.0, COUNTER.1);
+    Ok(())
 }
 
 /// What building needs.

@@ -115,6 +115,23 @@ impl Options {
     }
 }
 
+/// Runs a command in a guest of one kernel; `line` gets each line of its output.
+pub(crate) fn run_in(
+    kernel: &str,
+    variant: &str,
+    command: &[String],
+    seconds: u64,
+    line: &mut dyn FnMut(&str),
+) -> Result<()> {
+    for kernel in fetch::all(&lock::select(&[kernel.to_owned()])?)? {
+        say(&format!("kernel {} ({}), {variant}", kernel.name, kernel.release));
+        let share = Share::new(&kernel.name)?;
+        let end = boot::boot(&kernel, Variant::by_name(variant)?, &share, command, seconds, line)?;
+        ensure_ok(&kernel.name, end)?;
+    }
+    Ok(())
+}
+
 fn run_command(options: &Options) -> Result<()> {
     if options.kernels.is_empty() || options.command.is_empty() {
         bail!("a kernel and a command are needed\n\n{HELP}");

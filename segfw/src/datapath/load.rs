@@ -195,9 +195,13 @@ fn loader<'a>(globals: &'a [(&'static str, u32)]) -> EbpfLoader<'a> {
     loader
 }
 
+/// A program by name, and what became of it.
+#[doc(hidden)]
+pub type Verified = (String, Result<sys::ProgramInfo, Error>);
+
 /// Loads each program by itself, with maps that nobody else has, and says what the verifier said of it. For tests of kernels.
 #[doc(hidden)]
-pub fn verify(features: Features) -> Result<Vec<(String, Result<sys::ProgramInfo, Error>)>, Error> {
+pub fn verify(features: Features) -> Result<Vec<Verified>, Error> {
     raise_memlock();
     let globals = features.globals();
     let mut ebpf = loader(&globals).load(OBJECT)?;
@@ -249,6 +253,8 @@ impl Datapath {
         let mut loader = loader(&globals);
         let layout = Btf::of_kernel().ok().and_then(|btf| security::layout(&btf)).unwrap_or_default();
         let _ = loader.override_global("LAYOUT", &layout, true);
+        let ancestors = u32::from(kernel_at_least(5, 16));
+        let _ = loader.override_global("CHECKS_KNOW_ANCESTORS", &ancestors, true);
         let softirq_alone = u32::from(!preempt_rt());
         let _ = loader.override_global("SOFTIRQ_ALONE", &softirq_alone, true);
         for name in PINNED_MAPS {
@@ -267,10 +273,10 @@ impl Datapath {
             let map = sys::get(&dir.join(name)).map_err(|e| Error::sys(format!("open the map {name}"), e))?;
             let _ = maps.insert(name, map.ok_or_else(missing)?);
         }
-        let sections = ebpf.maps().filter_map(|(name, map)| match map {
-            // Data sections, and what is not pinned.
-            Map::Array(data) | Map::PerCpuArray(data) => Some((name.to_owned(), data.fd().as_fd().as_raw_fd())),
-            _ => None,
+        // Data sections, and what is not pinned.
+        let sections = ebpf.maps().filter_map(|(name, map)| {
+            let (Map::Array(data) | Map::PerCpuArray(data)) = map else { return None };
+            Some((name.to_owned(), data.fd().as_fd().as_raw_fd()))
         });
         let pinned = maps.iter().map(|(name, map)| ((*name).to_owned(), map.as_raw_fd()));
         let security = security::instructions(OBJECT, &sections.chain(pinned).collect())?;

@@ -165,11 +165,14 @@ impl Datapath {
         self.checks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The check's program as the kernel has it; `None` = it is not attached.
+    pub fn check_info(&self, check: Check) -> Option<sys::ProgramInfo> {
+        self.checks().get(check.program).and_then(|p| sys::program_info(p.as_fd()).ok())
+    }
+
     /// Is the check's own program behind its pinned link?
     pub fn has_check(&self, check: Check) -> bool {
-        let Some(ours) = self.checks().get(check.program).and_then(|p| sys::program_info(p.as_fd()).ok()) else {
-            return false;
-        };
+        let Some(ours) = self.check_info(check) else { return false };
         let link = sys::get(&self.dir.join(format!("link-{}", check.program))).ok().flatten();
         link.and_then(|link| sys::link_info(link.as_fd()).ok()).is_some_and(|info| info.program == ours.id)
     }

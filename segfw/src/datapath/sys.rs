@@ -518,8 +518,14 @@ pub fn program_load(kind: u32, attach_type: u32, code: &[Instruction]) -> io::Re
 
 /// Runs a program once on `input` (`BPF_PROG_TEST_RUN`); its return value.
 pub fn test_run(program: BorrowedFd<'_>, input: &[u8]) -> io::Result<u32> {
+    Ok(test_runs(program, input, 1)?.0)
+}
+
+/// Runs a program `repeat` times on `input`; its last return value, and the mean of the nanoseconds.
+pub fn test_runs(program: BorrowedFd<'_>, input: &[u8], repeat: u32) -> io::Result<(u32, u32)> {
     const BPF_PROG_TEST_RUN: u32 = 10;
-    let mut attr = Attr::new().u32(0, fd(program)).u32(8, input.len() as u32).u64(16, input.as_ptr() as u64);
+    let mut attr =
+        Attr::new().u32(0, fd(program)).u32(8, input.len() as u32).u64(16, input.as_ptr() as u64).u32(32, repeat);
     let _ = attr.call(BPF_PROG_TEST_RUN)?;
-    Ok(attr.read_u32(4))
+    Ok((attr.read_u32(4), attr.read_u32(36)))
 }

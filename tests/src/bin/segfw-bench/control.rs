@@ -12,7 +12,7 @@ use segfw::policy::compile::compile;
 use segfw::policy::document::Document;
 use segfw::policy::host_policy::Labels;
 use segfw::policy::tables::Numbers;
-use segfw::policy::{HostSettings, Inventory, Known, Tables};
+use segfw::policy::{HostPolicy, HostSettings, Inventory, Known, Tables};
 use segfw_common::{ABI_VERSION, CgroupEntry, Identity, bounds};
 use segfw_tests::policy::CGROUP;
 use segfw_tests::scratch::{Scratch, cgroup_id, enter};
@@ -117,6 +117,15 @@ pub(crate) struct Built {
 
 /// What `agent::revision::build` does with files, step by step. The first `here` workloads are of this host.
 pub(crate) fn build(files: &[(String, String)], here: usize) -> Result<Built> {
+    build_with(files, here, |_| ())
+}
+
+/// [`build`], with a change between the resolver and the compiler.
+pub(crate) fn build_with(
+    files: &[(String, String)],
+    here: usize,
+    change: impl FnOnce(&mut HostPolicy),
+) -> Result<Built> {
     let (documents, problems) = segfw::policy::parse(files);
     ensure!(problems.is_empty(), "{problems:?}");
     let parsed = Instant::now();
@@ -135,7 +144,8 @@ pub(crate) fn build(files: &[(String, String)], here: usize) -> Result<Built> {
     let remote = local.split_off(here.min(local.len()));
     let clock = revision::clock()?;
     let inventory = Inventory { workloads: known };
-    let (policy, _) = segfw::policy::resolve(&documents, &inventory, &HostSettings { monitor: false }, clock.wall);
+    let (mut policy, _) = segfw::policy::resolve(&documents, &inventory, &HostSettings { monitor: false }, clock.wall);
+    change(&mut policy);
     let resolved = Instant::now();
     let mut numbers = Numbers::default();
     let tables = compile(&policy, &local, &remote, &mut numbers, clock).map_err(|p| anyhow::anyhow!("{p:?}"))?;

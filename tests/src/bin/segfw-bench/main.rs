@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, reason = "a command-line tool")]
 
 mod control;
+mod count;
 mod flows;
 mod goals;
 mod machine;
@@ -34,7 +35,8 @@ cargo xtask bench [--quick] [--only WORK,..] [--peers PEER,..] [--places loopbac
   --rounds         turns of each peer (21), and repetitions of what takes seconds (7)
   --instructions   in a guest that counts instructions (cargo xtask vm); rr,crr,udp over loopback unless told otherwise
   --out            where bench.json, README.md and the plots go (target/bench)
-  --render         no measurement: page and plots from the JSON files in --out";
+  --render         no measurement: page and plots from the JSON files in --out
+  --count WHAT     programs, compile, events: fixed work, for cargo xtask guard";
 
 /// What was asked for.
 pub(crate) struct Options {
@@ -55,6 +57,8 @@ pub(crate) struct Options {
     render: bool,
     /// Of an earlier run in `out`, where only a part is measured again: it takes its place among the others.
     pub(crate) earlier: Option<Results>,
+    /// Nothing but this fixed work.
+    count: Option<String>,
 }
 
 impl Options {
@@ -70,6 +74,7 @@ impl Options {
             out: "target/bench".into(),
             render: false,
             earlier: None,
+            count: None,
         };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
@@ -85,6 +90,7 @@ impl Options {
                 "--places" => options.places = value()?.split(',').map(str::to_owned).collect(),
                 "--sizes" => options.sizes = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
                 "--render" => options.render = true,
+                "--count" => options.count = Some(value()?),
                 "--instructions" => options.instructions = true,
                 "--rounds" => options.rounds = value()?.parse()?,
                 "--out" => options.out = value()?.into(),
@@ -179,6 +185,9 @@ fn main() -> Result<()> {
     let options = Options::parse()?;
     if options.render {
         return page::render(&options.out);
+    }
+    if let Some(what) = &options.count {
+        return count::run(what);
     }
     ensure!(nix::unistd::geteuid().is_root(), "this makes cgroups and loads eBPF programs: run it as root");
     world::clean_up_on_signals()?;

@@ -6,10 +6,10 @@
 use crate::control;
 use crate::rules::{self, OPEN, UDP};
 use anyhow::{Context, Result, bail, ensure};
-use segfw::datapath::attach::HOOKS;
+use segfw::datapath::attach::{HOOKS, INGRESS};
 use segfw::datapath::{Datapath, sys};
 use segfw::host::netns::current_cookie;
-use segfw_common::{Addr, AddressEntry, CgroupEntry, Identity};
+use segfw_common::{Addr, AddressEntry, CgroupEntry, Identity, control as control_word};
 use segfw_tests::scratch::{Scratch, cgroup_id};
 use std::fmt::Write as _;
 use std::fs::File;
@@ -104,6 +104,11 @@ impl Kind {
 
     fn is_netfilter(self) -> bool {
         matches!(self, Self::Nft | Self::Legacy | Self::LegacySet | Self::IptNft | Self::IptNftSet)
+    }
+
+    /// Nothing is attached per packet, and segments have TCP alone.
+    pub(crate) fn is_conn(self) -> bool {
+        matches!(self, Self::Conn | Self::ConnQuiet)
     }
 
     /// Nothing is refused.
@@ -241,9 +246,6 @@ struct Segfw {
 impl Peer {
     /// Loads everything but attaches nothing of BPF yet. An error says why this peer is not measured.
     pub(crate) fn new(kind: Kind, place: Place, n: u32) -> Result<Self> {
-        if matches!(kind, Kind::Conn | Kind::ConnQuiet) {
-            bail!("not in this build: the datapath has gate skb only");
-        }
         if kind == Kind::SkbXdp && place == Place::Loopback {
             bail!("the loopback device has no native XDP");
         }
@@ -261,7 +263,9 @@ impl Peer {
             Self { kind, nets, client, server, segfw: None, empty: None, attached: None, top, _scratch: scratch };
         match kind {
             Kind::EmptySkb => peer.empty = Some(empty_hook()?),
-            Kind::Skb | Kind::SkbQuiet | Kind::SkbXdp => peer.segfw = Some(peer.load(n)?),
+            Kind::Skb | Kind::SkbQuiet | Kind::SkbXdp | Kind::Conn | Kind::ConnQuiet => {
+                peer.segfw = Some(peer.load(n)?)
+            }
             Kind::None
             | Kind::Again
             | Kind::Sending
@@ -269,9 +273,7 @@ impl Peer {
             | Kind::Legacy
             | Kind::LegacySet
             | Kind::IptNft
-            | Kind::IptNftSet
-            | Kind::Conn
-            | Kind::ConnQuiet => {}
+            | Kind::IptNftSet => {}
         }
         Ok(peer)
     }
@@ -280,13 +282,20 @@ impl Peer {
         let mut datapath = Datapath::load(self._scratch.pins())?;
         let events = datapath.take_events()?;
         let mut files = rules::files(n);
-        files.push(("access.yaml".to_owned(), rules::traffic(self.kind == Kind::SkbQuiet)));
+        files.push(("access.yaml".to_owned(), rules::traffic(matches!(self.kind, Kind::SkbQuiet | Kind::ConnQuiet))));
         for (_, text) in &mut files {
             *text = text.replace(segfw_tests::policy::CGROUP, "/bench");
+            if self.kind.is_conn() {
+                *text = rules::tcp_alone(text);
+            }
         }
         let built = control::build(&files, 2)?;
         ensure!(built.tables.rules.len() >= n as usize, "{n} rules became {} entries", built.tables.rules.len());
         let _ = datapath.publish(&built.tables)?;
+        if self.kind.is_conn() {
+            // Its hook is asked for every connection of the machine: what is not ours passes.
+            datapath.set_host_flags(control_word::HOST_PART | control_word::HOST_CONN)?;
+        }
         let mut numbers = built.numbers;
         // What the agent would find out: which cgroup is who, and which address is where.
         let identities: Vec<Identity> = built.local.iter().map(|set| numbers.labels(set)).collect();
@@ -313,8 +322,14 @@ impl Peer {
             self.attached = Some(sys::link_create(empty.as_fd(), self.top.as_raw_fd() as u32, 0, 0)?);
         }
         if let Some(segfw) = &self.segfw {
-            for hook in HOOKS {
+            for hook in HOOKS.into_iter().filter(|h| !self.kind.is_conn() || h.program != INGRESS.program) {
                 let _ = segfw.datapath.attach(hook, &self.top)?;
+            }
+            if self.kind.is_conn() {
+                // Its canary is a connection on loopback.
+                enter_net(&self.nets.server)?;
+                let checks = segfw.datapath.attach_checks(Ok(()));
+                ensure!(checks.conn.is_ok(), "no gate conn here: {:?}", checks.conn);
             }
             if segfw.xdp {
                 enter_net(&self.nets.server)?;

@@ -76,3 +76,8 @@ pub(crate) fn traffic(quiet: bool) -> String {
          - {{name: traffic, from: [cli], to: [srv], ports: [tcp/{OPEN}, udp/{first}-{last}], action: allow, log: {log}}}\n"
     )
 }
+
+/// The same files with segments that have TCP alone: what gate conn needs to be without a hook per packet.
+pub(crate) fn tcp_alone(text: &str) -> String {
+    text.replace("\n  default: {ingress", "\n  sockets: tcp\n  default: {ingress")
+}
