@@ -222,6 +222,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
     tokio::pin!(shutdown);
     tokio::pin!(drain);
     let ended = loop {
+        shared.beat();
         let deadline = agent.core().deadline();
         tokio::select! {
             () = &mut shutdown => break Ok(()),
@@ -261,7 +262,6 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
                 None => break Err(anyhow::anyhow!("the watch of the policy folder ended")),
             },
             _ = denials.tick() => {
-                shared.beat();
                 let mut core = agent.core();
                 core.beat();
                 core.fetch_denials();

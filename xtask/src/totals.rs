@@ -25,8 +25,12 @@ pub(crate) fn test(args: &[String]) -> Result<()> {
     if let Some((option, rest)) = args.split_first()
         && option == "--kernels"
     {
-        let [list] = rest else { bail!("--kernels needs one list: all, or 5.10,6.1,... (xtask/kernels.lock)") };
-        return crate::vm::suites::test(list, crate::vm::suites::ALL, list == "all");
+        let (list, part) = match rest {
+            [list] => (list, crate::vm::suites::ALL),
+            [list, option, part] if option == "--part" => (list, part.as_str()),
+            _ => bail!("--kernels needs one list: all, or 5.10,6.1,... (xtask/kernels.lock); then perhaps --part 1/8"),
+        };
+        return crate::vm::suites::test(list, part, list == "all");
     }
     let mut totals = Totals::default();
     let mut broken = Vec::new();

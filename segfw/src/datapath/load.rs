@@ -295,9 +295,9 @@ impl Datapath {
         program.fd().map(AsFd::as_fd).map_err(|_| missing())
     }
 
-    /// Names of all programs but those of the security checks.
+    /// Names of the programs that are loaded; those of the security checks are loaded apart.
     pub fn programs(&self) -> impl Iterator<Item = &str> {
-        self.ebpf.programs().filter(|(_, p)| !matches!(p, Program::Lsm(_))).map(|(name, _)| name)
+        self.ebpf.programs().filter(|(_, p)| p.fd().is_ok()).map(|(name, _)| name)
     }
 
     /// The ring buffer of events; can be taken once.

@@ -104,7 +104,7 @@ pub(crate) fn test(names: &str, part: &str, write: bool) -> Result<()> {
         rows.push(row(&kernel.name, &kernel.release, &told));
     }
     if write && lost.is_empty() {
-        write_table(&rows)?;
+        write_table(&rows, part)?;
     }
     ensure!(lost.is_empty(), "guests that did not come to their end: {}", lost.join(", "));
     Ok(())
@@ -135,7 +135,7 @@ fn row(name: &str, release: &str, told: &Told) -> String {
     let fact = |name: &str| told.facts.get(name).map_or("?", String::as_str);
     let why = if told.why.is_empty() { String::new() } else { format!(" ({})", told.why.join("; ")) };
     format!(
-        "| {name} | {release} | {} ({}) | {} | {} | {} | {} | {} | {} | {} | {}{why} |\n",
+        "| {name} | {release} | {} ({}) | {} | {} | {} | {} | {} | {} | {} | {} | {}{why} |\n",
         fact("programs"),
         fact("walked"),
         fact("gate"),
@@ -145,15 +145,21 @@ fn row(name: &str, release: &str, told: &Told) -> String {
         fact("new-cgroups"),
         fact("packet-namespace"),
         told.passed,
+        told.failed,
         told.skipped
     )
 }
 
-fn write_table(rows: &[String]) -> Result<()> {
+fn write_table(rows: &[String], part: &str) -> Result<()> {
+    let of = if part == ALL {
+        "the whole conformance table".to_owned()
+    } else {
+        format!("part {part} of the conformance table")
+    };
     let text = format!(
         "| kernel | tested build | programs loaded (most instructions walked) | gate for inbound TCP | list of address families | `reject` reads as | who connects, in records of \
          allowed TCP | new cgroups known by | sockets older than the agent know their namespace from the first packet | tests \
-         passed | rows skipped |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n{}",
+         passed, with {of} | failed | rows skipped |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n{}",
         rows.concat()
     );
     fs::write(root().join(TABLE), format!("{BEGIN}\n{text}{END}\n"))?;
