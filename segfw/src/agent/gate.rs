@@ -17,7 +17,10 @@ impl Core {
         let conn = match self.config.gate {
             GateChoice::Skb => Err("the settings say gate: skb".to_owned()),
             // What listens now is older than gate conn, which knows listeners by name only.
-            GateChoice::Auto | GateChoice::Conn => self.write_listeners(),
+            GateChoice::Auto | GateChoice::Conn => match self.namespaces() {
+                Some(survey) => self.write_listeners(&survey),
+                None => Err("listeners cannot be listed: no namespace can".to_owned()),
+            },
         };
         let checks = self.datapath.attach_checks(conn);
         match (&checks.conn, self.config.gate) {
@@ -28,7 +31,7 @@ impl Core {
                 let consequence = "gate skb judges instead: the same answers, at a cost per packet";
                 let _ = self.troubles.insert(NO_CONN, trouble(&what, consequence, action));
             }
-            _ => {
+            (Ok(_), _) | (Err(_), GateChoice::Auto | GateChoice::Skb) => {
                 let _ = self.troubles.remove(NO_CONN);
             }
         }
@@ -38,11 +41,10 @@ impl Core {
 
     /// Listeners that gate conn does not know yet, or knows under a name that is not theirs any more. What was entered here
     /// and is gone is taken out; what the kernel entered it takes out itself.
-    pub(super) fn write_listeners(&mut self) -> Result<(), String> {
-        let survey = netns::survey().map_err(|e| format!("listeners cannot be listed: {e}"))?;
+    pub(super) fn write_listeners(&mut self, survey: &netns::Survey) -> Result<(), String> {
         let part = self.is_part();
         let mut found = BTreeMap::new();
-        for namespace in survey.namespaces.iter().filter(|n| self.is_ours(n)) {
+        for namespace in &survey.namespaces {
             live::listeners(namespace, &self.cgroups, part, &mut found)
                 .map_err(|e| format!("listeners of namespace {} cannot be listed: {e}", namespace.cookie))?;
         }
@@ -82,7 +84,9 @@ impl Core {
     /// hold, and an open connection meets no other hook), and the hook is taken away where nothing else needs it. To be
     /// called after a sweep: what was revoked has ended then.
     pub(super) fn settle_packets(&mut self, survey: &netns::Survey) {
-        let by_conn = self.has_conn() && self.in_force.as_ref().is_some_and(|f| f.deadlines.is_empty());
+        // A sweep that could not see or end everything leaves connections that nothing else refuses.
+        let swept = self.config.monitor || self.last_sweep.is_some();
+        let by_conn = swept && self.has_conn() && self.in_force.as_ref().is_some_and(|f| f.deadlines.is_empty());
         let done = if !by_conn {
             if self.tcp_by_conn || !self.ingress { self.judge_packets() } else { Ok(()) }
         } else {

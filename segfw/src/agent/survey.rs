@@ -70,7 +70,7 @@ impl Core {
     }
 
     /// The namespaces that are ours, with their addresses; what cannot be looked into is a trouble.
-    fn namespaces(&mut self) -> Option<netns::Survey> {
+    pub(super) fn namespaces(&mut self) -> Option<netns::Survey> {
         match netns::survey() {
             Ok(mut survey) => {
                 survey.namespaces.retain(|n| self.is_ours(n));
@@ -121,7 +121,7 @@ impl Core {
         }
         self.sweep(&survey);
         if self.has_conn()
-            && let Err(error) = self.write_listeners()
+            && let Err(error) = self.write_listeners(&survey)
         {
             tracing::error!("{error}");
         }
@@ -221,6 +221,9 @@ impl Core {
                     trouble(&what, "its packets are refused, but it stays open on both ends", "see segfw doctor"),
                 );
             }
+        }
+        if whole {
+            let _ = self.troubles.remove("sweep");
         }
         self.last_sweep = whole.then_some(Sweep { generation, namespaces, at: now });
     }
