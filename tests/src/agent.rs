@@ -6,7 +6,16 @@ use serde_json::Value;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+
+/// The gate that every agent of this run must judge inbound TCP with; none = the one it chooses.
+static GATE: OnceLock<String> = OnceLock::new();
+
+/// Every agent is told this gate (`skb`, `conn`), and it is an error if it has another. To be called once, before the first.
+pub fn demand_gate(name: String) {
+    let _ = GATE.set(name);
+}
 
 /// How long a revision may take until it is enforced.
 const READY: Duration = Duration::from_secs(20);
@@ -79,7 +88,12 @@ impl Agent {
     pub fn launch(&mut self) -> Result<()> {
         self.spawn()?;
         // An agent in host monitor mode is as ready as it gets.
-        self.wait_until("enforces", |status| status["state"] == "ENFORCING" || status["state"] == "MONITOR")
+        self.wait_until("enforces", |status| status["state"] == "ENFORCING" || status["state"] == "MONITOR")?;
+        if let Some(gate) = GATE.get() {
+            let has = &self.status()?["gate"];
+            anyhow::ensure!(has["name"] == gate.as_str(), "gate {gate} is demanded, and the agent has {has}");
+        }
+        Ok(())
     }
 
     /// Starts the process and does not wait.
@@ -109,6 +123,7 @@ impl Agent {
             .arg("--cgroup-root")
             .arg(&self.cgroup_root)
             .args(self.extra.iter().filter(|arg| !arg.starts_with("--netns=")))
+            .args(GATE.get().into_iter().flat_map(|gate| ["--gate", gate.as_str()]))
             // Not the settings of the machine the test runs on.
             .args(if self.extra.iter().any(|arg| arg == "--config") { &[][..] } else { &["--config", "/dev/null"][..] })
             .stdin(Stdio::null())

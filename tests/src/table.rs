@@ -11,7 +11,7 @@ use crate::policy::CGROUP;
 use crate::proto::Cmd;
 use crate::world::{Net, World};
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -68,7 +68,7 @@ impl Proto {
 }
 
 /// What a probe saw.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "kind", content = "detail")]
 pub enum Outcome {
     /// Bytes went there and, where there is an answer, came back.
@@ -415,7 +415,7 @@ pub struct Options {
 }
 
 /// How a row ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum End {
     Passed,
@@ -424,7 +424,7 @@ pub enum End {
 }
 
 /// One line of the result file.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
     pub id: usize,
     pub group: String,
@@ -435,6 +435,24 @@ pub struct Report {
     pub outcome: Option<Outcome>,
     pub note: String,
     pub ms: u128,
+}
+
+/// Makes a failure of each row that passed and saw something else than the row of that number in `others`, and of each that is
+/// not there: with another gate, on the same kernel, every answer must be the same.
+pub fn compare(reports: &mut [Report], others: &[Report]) {
+    for report in reports.iter_mut().filter(|r| r.end == End::Passed) {
+        match others.iter().find(|o| o.id == report.id) {
+            Some(other) if other.outcome == report.outcome => {}
+            Some(other) => {
+                report.end = End::Failed;
+                report.note = format!("saw {:?}, and the other run saw {:?}", report.outcome, other.outcome);
+            }
+            None => {
+                report.end = End::Failed;
+                report.note = "the other run has no such row".to_owned();
+            }
+        }
+    }
 }
 
 /// Numbers the rows, then takes those that the filter asks for.
@@ -616,4 +634,35 @@ fn check_rules(stage: &mut Stage, group: &Group, reports: &mut [Report]) -> Resu
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(id: usize, outcome: Outcome) -> Report {
+        Report {
+            id,
+            group: "g".to_owned(),
+            row: "r".to_owned(),
+            port: 1,
+            end: End::Passed,
+            baseline: None,
+            outcome: Some(outcome),
+            note: String::new(),
+            ms: 0,
+        }
+    }
+
+    #[test]
+    fn another_answer_fails_and_so_does_a_row_that_is_not_there() {
+        let others = [seen(1, Outcome::Silent), seen(2, Outcome::Silent)];
+        let mut reports =
+            [seen(1, Outcome::Silent), seen(2, Outcome::Refused("reset".to_owned())), seen(3, Outcome::Open)];
+        compare(&mut reports, &others);
+        assert_eq!(reports.each_ref().map(|r| r.end), [End::Passed, End::Failed, End::Failed]);
+        let text = serde_json::to_string(&reports).expect("reports are JSON");
+        let read: Vec<Report> = serde_json::from_str(&text).expect("and can be read back");
+        assert_eq!(read[1].outcome, reports[1].outcome);
+    }
 }

@@ -2,13 +2,14 @@
 //!
 //! Options after `--`: `--baseline-only` (no agent: what must work without segfw), `--filter TEXT`, `--jobs N`,
 //! `--list`, `--check-rules`, `--json FILE`; `--expected FILE --kernel NAME` (what a kernel lacks: every other skip fails),
-//! `--part K/N` (every Nth group from the Kth on, counted from 0).
+//! `--part K/N` (every Nth group from the Kth on, counted from 0); `--gate skb|conn` (every agent must have that gate);
+//! `--same-as FILE` (a row that answers differently from that result file fails).
 
 #![allow(clippy::print_stdout, reason = "the lines are the result")]
 
 use anyhow::{Context, Result, bail};
 use segfw_tests::expected::Expected;
-use segfw_tests::table::{End, Options, run, select};
+use segfw_tests::table::{self, End, Options, Report, run, select};
 use segfw_tests::{binary, rows, world};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -17,6 +18,7 @@ fn main() -> Result<ExitCode> {
     let mut options = Options { baseline_only: false, filter: None, jobs: 6, check_rules: false };
     let (mut list, mut json) = (false, None);
     let (mut expected, mut kernel, mut part) = (None, String::new(), (0, 1));
+    let mut same_as: Option<PathBuf> = None;
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
@@ -33,6 +35,8 @@ fn main() -> Result<ExitCode> {
                 let (first, every) = text.split_once('/').context("--part needs K/N")?;
                 part = (first.parse::<usize>().context("--part")?, every.parse::<usize>().context("--part")?.max(1));
             }
+            "--gate" => segfw_tests::agent::demand_gate(value()?),
+            "--same-as" => same_as = Some(PathBuf::from(value()?)),
             "--json" => json = Some(PathBuf::from(value()?)),
             // What `cargo test` passes on to every test.
             "--nocapture" | "--quiet" | "-q" => {}
@@ -69,6 +73,11 @@ fn main() -> Result<ExitCode> {
     let mut reports = run(groups, &options);
     if let Some(expected) = expected {
         expected.apply(&mut reports);
+    }
+    if let Some(file) = same_as {
+        let text = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+        let others: Vec<Report> = serde_json::from_str(&text).with_context(|| file.display().to_string())?;
+        table::compare(&mut reports, &others);
     }
 
     let json = json.unwrap_or_else(default_json);

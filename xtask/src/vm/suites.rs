@@ -1,5 +1,5 @@
 //! What runs in guests: every program through the kernel's verifier, the gates, then the conformance table against the real
-//! agent.
+//! agent, under gate conn and under gate skb: with the same answers.
 
 use super::boot::{self, End, Share};
 use super::{fetch, folder, lock};
@@ -22,6 +22,8 @@ pub(crate) const ALL: &str = "0/1";
 const GATES: &str = "gate/conn gate/families";
 /// Groups at a time in a guest of two processors: waiting is most of what they do.
 const JOBS: usize = 6;
+/// Programs through the verifier, gates, and the table under each gate.
+const SUITES: u32 = 4;
 /// How long a guest may take for the whole table and for the part, in seconds.
 const WHOLE: u64 = 3600;
 const PARTLY: u64 = 1200;
@@ -70,15 +72,19 @@ pub(crate) fn test(names: &str, part: &str, write: bool) -> Result<()> {
     for kernel in &kernels {
         say(&format!("kernel {} ({})", kernel.name, kernel.release));
         let share = Share::new(&kernel.name)?;
-        let table = format!(
-            "{} --expected tests/kernels.expected --kernel {} --jobs {JOBS} --part {part} --json /run/vm/table.json",
-            system_tests.display(),
-            kernel.name
-        );
+        let table = |gate: &str, more: &str| {
+            format!(
+                "{} --expected tests/kernels.expected --kernel {} --jobs {JOBS} --part {part} --gate {gate} \
+                 --json /run/vm/{gate}.json{more}",
+                system_tests.display(),
+                kernel.name
+            )
+        };
+        let tables = format!("{}; c=$?; {}", table("conn", ""), table("skb", " --same-as /run/vm/conn.json"));
         let gates = if part == ALL { "gate/" } else { GATES };
         // All run, whatever the first ones say.
         let script = format!(
-            "export SEGFW_BIN={}/debug/segfw; {} verifier; a=$?; {} {gates}; b=$?; {table} && exit $((a+b))",
+            "export SEGFW_BIN={}/debug/segfw; {} verifier; a=$?; {} {gates}; b=$?; {tables}; exit $((a+b+c+$?))",
             target().display(),
             kernel_tests.display(),
             product_tests.display()
@@ -95,8 +101,13 @@ pub(crate) fn test(names: &str, part: &str, write: bool) -> Result<()> {
         })?;
         let results = folder().join("results");
         fs::create_dir_all(&results)?;
-        let _ = fs::copy(share.path().join("table.json"), results.join(format!("{}.json", kernel.name)));
-        if end == End::Lost || told.suites < 3 {
+        for gate in ["conn", "skb"] {
+            let _ = fs::copy(
+                share.path().join(format!("{gate}.json")),
+                results.join(format!("{}-{gate}.json", kernel.name)),
+            );
+        }
+        if end == End::Lost || told.suites < SUITES {
             lost.push(kernel.name.clone());
             told.failed += 1;
         }
@@ -152,9 +163,9 @@ fn row(name: &str, release: &str, told: &Told) -> String {
 
 fn write_table(rows: &[String], part: &str) -> Result<()> {
     let of = if part == ALL {
-        "the whole conformance table".to_owned()
+        "the whole conformance table under gate conn and under gate skb".to_owned()
     } else {
-        format!("part {part} of the conformance table")
+        format!("part {part} of the conformance table under gate conn and under gate skb")
     };
     let text = format!(
         "| kernel | tested build | programs loaded (most instructions walked) | gate for inbound TCP | list of address families | `reject` reads as | who connects, in records of \
