@@ -87,18 +87,23 @@ fn bench(args: &[String]) -> Result<()> {
     if !is_root() {
         bail!("the bench makes cgroups and loads eBPF programs: run it as root (sudo -E cargo xtask bench)");
     }
+    release()?;
+    let bench = target().join("release/segfw-bench");
+    if args.iter().any(|a| a == "--instructions") {
+        return count(&bench, args);
+    }
+    run(Command::new(bench).args(args).current_dir(root()))
+}
+
+/// What is measured, and what guests run: optimised, as it ships.
+pub(crate) fn release() -> Result<()> {
     say("building, release");
     run(cargo().args(["build", "--quiet", "--release", "--package", "segfw", "--package", "segfw-tests"]).args([
         "--bin",
         "segfw",
         "--bin",
         "segfw-bench",
-    ]))?;
-    let bench = target().join("release/segfw-bench");
-    if args.iter().any(|a| a == "--instructions") {
-        return count(&bench, args);
-    }
-    run(Command::new(bench).args(args).current_dir(root()))
+    ]))
 }
 
 /// The bench in a guest whose clock counts instructions; what it wrote there goes to `--out`.
