@@ -135,6 +135,8 @@ pub struct Core {
     tcp_by_conn: bool,
     /// Cookies of listeners that the inventory entered.
     listeners: BTreeSet<u64>,
+    /// A socket listens in a namespace that no survey finds.
+    unseen: bool,
     /// Containers and labels that a runtime told of and that were above a limit.
     containers_left_out: u64,
     /// The last one that was whole; `None` = the next survey sweeps in any case.

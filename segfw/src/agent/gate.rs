@@ -49,6 +49,8 @@ impl Core {
                 .map_err(|e| format!("listeners of namespace {} cannot be listed: {e}", namespace.cookie))?;
         }
         let have: BTreeMap<u64, Listener> = self.datapath.listeners().map_err(|e| e.to_string())?.into_iter().collect();
+        let known: BTreeSet<u64> = survey.namespaces.iter().map(|n| n.cookie).collect();
+        self.unseen = have.values().any(|listener| listener.netns != 0 && !known.contains(&listener.netns));
         for (cookie, listener) in &found {
             let known = have.get(cookie);
             if known.is_none_or(|h| h.netns == 0 || h.cgroup == 0) {
@@ -85,7 +87,8 @@ impl Core {
     /// called after a sweep: what was revoked has ended then.
     pub(super) fn settle_packets(&mut self, survey: &netns::Survey) {
         // A sweep that could not see or end everything leaves connections that nothing else refuses.
-        let swept = self.config.monitor || self.last_sweep.is_some();
+        let whole = self.last_sweep.is_some() && survey.skipped.is_empty() && !self.unseen;
+        let swept = self.config.monitor || whole;
         let by_conn = swept && self.has_conn() && self.in_force.as_ref().is_some_and(|f| f.deadlines.is_empty());
         let done = if !by_conn {
             if self.tcp_by_conn || !self.ingress { self.judge_packets() } else { Ok(()) }

@@ -102,6 +102,7 @@ impl Core {
             listeners: BTreeSet::new(),
             containers_left_out: 0,
             last_sweep: None,
+            unseen: false,
             looked: 0,
         };
         // What an earlier agent registered is what the kernel holds.
