@@ -20,6 +20,7 @@ pub(crate) fn tests() -> Vec<Test> {
         ("gate/conn-beside-packets", beside_packets),
         ("gate/revocation", revocation),
         ("gate/older-listener", older_listener),
+        ("gate/hidden-namespace", hidden_namespace),
         ("gate/without-an-agent", without_an_agent),
         ("gate/tampered", tampered),
         ("gate/families", families),
@@ -160,6 +161,20 @@ fn older_listener() -> Result<()> {
     scene.as_the_policy_says()?;
     println!("SYNs for unknown listeners: {before}, then {}", unknown(&mut scene)?);
     Ok(())
+}
+
+/// Somebody listens in a namespace that no process is in and no mount holds: no sweep would end what is accepted there, so
+/// packets are judged for as long as it is so.
+fn hidden_namespace() -> Result<()> {
+    let Some(mut scene) = alone()? else { return none() };
+    let _ = scene.cli.must(&Cmd::Unshare)?;
+    let h = scene.cli.listen_tcp("127.0.0.1:7000".parse()?)?;
+    let _ = scene.cli.must(&Cmd::Enter { netns: scene.world.netns("a") })?;
+    let judged = |scene: &mut Scene| Ok(hooks(scene.agent()?)?.iter().any(|hook| hook == "skb_ingress"));
+    let _ = scene.eventually("packets are judged", SOON, judged)?;
+    scene.cli.close(h)?;
+    let _ = scene.eventually("nothing is attached per packet", SOON, is_conn_alone)?;
+    scene.as_the_policy_says()
 }
 
 /// Killed, and started again: the gate is the kernel's.

@@ -52,6 +52,8 @@ pub enum Cmd {
     MoveCgroup { path: String },
     /// `unshare(CLONE_NEWNET)` and loopback up.
     Unshare,
+    /// `setns` into a namespace of `/run/netns`.
+    Enter { netns: String },
     /// `unshare(CLONE_NEWUSER | CLONE_NEWNET)` and loopback up, as any user may.
     UnshareUser,
     /// Gives `lo` one more address.

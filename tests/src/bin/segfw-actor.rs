@@ -18,6 +18,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+/// Goes into a namespace of `/run/netns`.
+fn enter(netns: &str) -> std::io::Result<()> {
+    let ns = std::fs::File::open(format!("/run/netns/{netns}"))?;
+    Ok(nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWNET)?)
+}
+
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
@@ -25,11 +31,7 @@ fn main() -> Result<()> {
         match arg.as_str() {
             "--cgroup" => std::fs::write(format!("{value}/cgroup.procs"), std::process::id().to_string())
                 .with_context(|| format!("entering {value}"))?,
-            "--netns" => {
-                let ns =
-                    std::fs::File::open(format!("/run/netns/{value}")).with_context(|| format!("netns {value}"))?;
-                nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWNET).context("setns")?;
-            }
+            "--netns" => enter(&value).with_context(|| format!("netns {value}"))?,
             "--comm" => {
                 let name = CString::new(value)?;
                 nix::sys::prctl::set_name(&name)?;
@@ -377,6 +379,7 @@ impl Actor {
                 nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).map_err(|e| e as c_int)?;
                 loopback_up().map(|()| done)
             }
+            Cmd::Enter { netns } => enter(&netns).map(|()| done).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO)),
             Cmd::UnshareUser => {
                 use nix::sched::CloneFlags;
                 nix::sched::unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET).map_err(|e| e as c_int)?;
@@ -609,8 +612,9 @@ fn uring(entry: &io_uring::squeue::Entry) -> Result<c_int, c_int> {
 }
 
 fn loopback_up() -> Result<(), c_int> {
+    // A stream, since that is what a segment of TCP sockets alone may have.
     // SAFETY: no pointers.
-    let fd = check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
+    let fd = check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) })?;
     // SAFETY: the kernel just gave us this descriptor.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     // SAFETY: all zero is a valid ifreq.
