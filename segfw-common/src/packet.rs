@@ -24,6 +24,9 @@ pub const EXTENSION_HEADERS: u32 = 8;
 /// VLAN tags that are unwrapped (802.1ad: two).
 pub const VLAN_TAGS: u32 = 2;
 
+/// Bytes read at once: an IPv4 header without options and the ports behind it; of IPv6 all before the destination.
+const HEAD: usize = 24;
+
 // Tables and not `match`es: the verifier then follows one unknown byte instead of one path per protocol.
 const TERMINAL: u8 = 0;
 const GENERIC: u8 = 1;
@@ -143,33 +146,40 @@ pub fn parse<B: Bytes + ?Sized>(b: &B, offset: u32) -> Result<Packet, ParseError
 /// [`parse`] into the caller's room: an eBPF stack has 512 bytes for all frames together.
 #[inline(always)]
 pub fn parse_into<B: Bytes + ?Sized>(b: &B, offset: u32, packet: &mut Packet) -> Result<(), ParseError> {
-    let [first] = b.bytes::<1>(offset).ok_or(ParseError::Truncated)?;
     packet.sequence = 0;
     packet.source_port = 0;
     packet.destination_port = 0;
     packet.tcp_flags = 0;
     packet.later_fragment = false;
+    // What nearly every packet has, in one: in the kernel each reading is a call.
+    let (head, has_ports) = match b.bytes::<HEAD>(offset) {
+        Some(head) => (head, true),
+        None => (front(b, offset).ok_or(ParseError::Truncated)?, false),
+    };
+    let [first, _, _, _, _, _, f0, f1, s0, protocol, s2, s3, v0, v1, v2, v3, d0, d1, d2, d3, p0, p1, p2, p3] = head;
     let at = match first >> 4 {
         4 => {
             let header_len = (first & 15) as u32 * 4;
             if header_len < 20 {
                 return Err(ParseError::Invalid);
             }
-            // Fragment field to destination in one: in the kernel each reading is a call.
-            let [f0, f1, _ttl, protocol, _, _, s0, s1, s2, s3, d0, d1, d2, d3] =
-                b.bytes::<14>(offset + 6).ok_or(ParseError::Truncated)?;
             packet.protocol = protocol as u16;
             packet.later_fragment = u16::from_be_bytes([f0, f1]) & 0x1fff != 0;
-            packet.source = Addr::from_v4_be(u32::from_ne_bytes([s0, s1, s2, s3]));
+            packet.source = Addr::from_v4_be(u32::from_ne_bytes([v0, v1, v2, v3]));
             packet.destination = Addr::from_v4_be(u32::from_ne_bytes([d0, d1, d2, d3]));
+            if has_ports && header_len == 20 && !packet.later_fragment && TRANSPORT[protocol as usize] == PORTS {
+                packet.source_port = u16::from_be_bytes([p0, p1]);
+                packet.destination_port = u16::from_be_bytes([p2, p3]);
+                return Ok(());
+            }
             offset + header_len
         }
         6 => {
-            let source = b.bytes::<16>(offset + 8).ok_or(ParseError::Truncated)?;
+            let source = [s0, protocol, s2, s3, v0, v1, v2, v3, d0, d1, d2, d3, p0, p1, p2, p3];
             packet.source = Addr::v6(source);
             let destination = b.bytes::<16>(offset + 24).ok_or(ParseError::Truncated)?;
             packet.destination = Addr::v6(destination);
-            walk_extensions(b, offset, packet)?
+            walk_extensions(b, offset, f0, packet)?
         }
         _ => return Err(ParseError::Invalid),
     };
@@ -179,10 +189,17 @@ pub fn parse_into<B: Bytes + ?Sized>(b: &B, offset: u32, packet: &mut Packet) ->
     transport(b, at, packet)
 }
 
-/// Walks IPv6 extension headers; the offset of what follows them.
+/// The start of a packet that is shorter than [`HEAD`]: zeros stand for what is not there.
 #[inline(always)]
-fn walk_extensions<B: Bytes + ?Sized>(b: &B, offset: u32, packet: &mut Packet) -> Result<u32, ParseError> {
-    let [mut next] = b.bytes::<1>(offset + 6).ok_or(ParseError::Truncated)?;
+fn front<B: Bytes + ?Sized>(b: &B, offset: u32) -> Option<[u8; HEAD]> {
+    let [a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9] = b.bytes::<20>(offset)?;
+    Some([a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, 0, 0, 0, 0])
+}
+
+/// Walks IPv6 extension headers, of which the fixed header names the `first`; the offset of what follows them.
+#[inline(always)]
+fn walk_extensions<B: Bytes + ?Sized>(b: &B, offset: u32, first: u8, packet: &mut Packet) -> Result<u32, ParseError> {
+    let mut next = first;
     let mut at = offset + 40;
     for _ in 0..EXTENSION_HEADERS {
         let kind = EXTENSION[next as usize];

@@ -6,22 +6,18 @@
 //! no CO-RE: where the kernel keeps what is read here the loader finds in its BTF and writes into `LAYOUT`.
 
 use crate::Answer;
-use crate::datagram::{monitored, refusal};
-use crate::emit::{About, CALLER, NOBODY, loaded, report};
-use crate::judge::{Judgement, judge, opaque_zero, unjudged};
+use crate::datagram::{monitored, refuse_socket};
+use crate::emit::{About, loaded};
+use crate::judge::{judge, opaque_zero, unjudged};
 use crate::maps::{Kernel, cgroup, count, listener};
 use crate::socket::{current, unpack};
-use crate::stream::forget;
+use crate::stream::{forget, inbound, refused};
 use aya_ebpf::helpers::generated::{bpf_get_current_cgroup_id, bpf_probe_read_kernel};
 use core::ffi::c_void;
-use segfw_common::decide::{Peer, standing};
+use segfw_common::decide::standing;
 use segfw_common::event::{Counter, Hook};
 use segfw_common::packet::{self, Bytes, Packet};
-use segfw_common::rule::ipproto;
-use segfw_common::{
-    Addr, Decision, Direction, EventKind, Evidence, Flow, Identity, Listener, LocalEntry, Lookup, Party, Reason,
-    Verdict, conn, control,
-};
+use segfw_common::{EventKind, Identity, Listener, LocalEntry, Lookup, Party, Reason, conn, control};
 
 /// Offsets in bytes in structures of the running kernel; see [`conn::Layout`].
 #[unsafe(no_mangle)]
@@ -113,36 +109,14 @@ pub fn request(sk: u64, skb: u64) -> Answer {
             Some(_) | None => Answer::Pass,
         };
     }
-    let flow = Flow {
-        direction: Direction::Ingress,
-        protocol: ipproto::TCP,
-        local: Identity(local.identity),
-        workload: local.workload,
-        netns: local.netns,
-        local_addr: packet.destination,
-        remote_addr: packet.source,
-        local_port: packet.destination_port,
-        remote_port: packet.source_port,
-    };
+    let flow = inbound(&packet, Identity(local.identity), local.workload, local.netns);
     let mut j = unjudged();
     judge(&kernel, &flow, &mut j);
     // What passes is reported by `sock_ops`, once the handshake is over.
     if j.decision.passes() {
         return Answer::Pass;
     }
-    if packet.opens() {
-        let about = About {
-            kind: if j.decision.reject { EventKind::Reject } else { EventKind::New },
-            hook: Hook::ConnRequest,
-            socket_type: 0,
-            family: 0,
-            generation: kernel.generation,
-            sequence: packet.sequence,
-            cgroup: local.cgroup,
-        };
-        report(&about, &flow, &j, NOBODY);
-    }
-    Answer::Refuse
+    refused(&kernel, &packet, &flow, &j, Hook::ConnRequest, local.cgroup)
 }
 
 /// 1 where a security check may ask for the ancestors of the caller's cgroup (5.16); set by the loader, a constant for the
@@ -189,22 +163,6 @@ pub fn family(family: u32, kind: u32, protocol: u32, kern: u32) -> Answer {
     if local.grants & grant != 0 {
         return Answer::Pass;
     }
-    let verdict = if monitored(&kernel, &local) { Verdict::Audit } else { Verdict::Denied };
-    let flow = Flow {
-        direction: Direction::Egress,
-        protocol: 0,
-        local: Identity(party.identity),
-        workload: party.workload,
-        netns: 0,
-        local_addr: Addr::UNSPECIFIED,
-        remote_addr: Addr::UNSPECIFIED,
-        local_port: 0,
-        remote_port: 0,
-    };
-    let j = Judgement {
-        peer: Peer { identity: Identity::UNRESOLVED, workload: 0, evidence: Evidence::None },
-        decision: Decision::plain(verdict, Reason::ProtocolNotGranted),
-    };
     let about = About {
         kind: EventKind::Socket,
         hook: Hook::SocketFamily,
@@ -214,6 +172,5 @@ pub fn family(family: u32, kind: u32, protocol: u32, kern: u32) -> Answer {
         sequence: 0,
         cgroup: own,
     };
-    report(&about, &flow, &j, CALLER);
-    refusal(&j)
+    refuse_socket(&kernel, &local, party, 0, 0, &about, Reason::ProtocolNotGranted)
 }

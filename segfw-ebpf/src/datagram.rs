@@ -91,7 +91,30 @@ pub fn create(ctx: &SockContext) -> Answer {
     } else {
         Reason::ProtocolNotGranted
     };
-    let verdict = if monitored(&kernel, &local) { Verdict::Audit } else { Verdict::Denied };
+    let about = About {
+        kind: EventKind::Socket,
+        hook: Hook::SockCreate,
+        socket_type: kind as u8,
+        family: 0,
+        generation: kernel.generation,
+        sequence: 0,
+        cgroup,
+    };
+    refuse_socket(&kernel, &local, party, netns, protocol, &about, reason)
+}
+
+/// Tells of a socket that a process may not have, and refuses it unless the policy only watches.
+#[inline(always)]
+pub fn refuse_socket(
+    kernel: &Kernel,
+    local: &LocalEntry,
+    party: Party,
+    netns: u64,
+    protocol: u16,
+    about: &About,
+    reason: Reason,
+) -> Answer {
+    let verdict = if monitored(kernel, local) { Verdict::Audit } else { Verdict::Denied };
     let flow = Flow {
         direction: Direction::Egress,
         protocol,
@@ -107,16 +130,7 @@ pub fn create(ctx: &SockContext) -> Answer {
         peer: Peer { identity: Identity::UNRESOLVED, workload: 0, evidence: Evidence::None },
         decision: Decision::plain(verdict, reason),
     };
-    let about = About {
-        kind: EventKind::Socket,
-        hook: Hook::SockCreate,
-        socket_type: kind as u8,
-        family: 0,
-        generation: kernel.generation,
-        sequence: 0,
-        cgroup,
-    };
-    report(&about, &flow, &j, CALLER);
+    report(about, &flow, &j, CALLER);
     refusal(&j)
 }
 

@@ -256,17 +256,7 @@ fn handshake(skb: *mut __sk_buff, state: &mut SocketState) -> Answer {
     if !read(skb, &mut packet) {
         return datagram::unreadable(&kernel, state);
     }
-    let flow = Flow {
-        direction: Direction::Ingress,
-        protocol: ipproto::TCP,
-        local: state.local(),
-        workload: state.workload,
-        netns: state.netns,
-        local_addr: packet.destination,
-        remote_addr: packet.source,
-        local_port: packet.destination_port,
-        remote_port: packet.source_port,
-    };
+    let flow = inbound(&packet, state.local(), state.workload, state.netns);
     // The ACK has the number after the SYN's.
     if answered(state, &flow, kernel.generation, packet.sequence.wrapping_sub(1)).is_some() {
         return Answer::Pass;
@@ -279,17 +269,39 @@ fn handshake(skb: *mut __sk_buff, state: &mut SocketState) -> Answer {
         }
         return Answer::Pass;
     }
+    refused(&kernel, &packet, &flow, &j, Hook::Ingress, state.cgroup)
+}
+
+/// A segment for a listener, as its local end sees it.
+#[inline(always)]
+pub fn inbound(packet: &Packet, local: Identity, workload: u32, netns: u64) -> Flow {
+    Flow {
+        direction: Direction::Ingress,
+        protocol: ipproto::TCP,
+        local,
+        workload,
+        netns,
+        local_addr: packet.destination,
+        remote_addr: packet.source,
+        local_port: packet.destination_port,
+        remote_port: packet.source_port,
+    }
+}
+
+/// A listener is not to see this segment. Only of a SYN it is told: what follows one belongs to it.
+#[inline(always)]
+pub fn refused(kernel: &Kernel, packet: &Packet, flow: &Flow, j: &Judgement, hook: Hook, cgroup: u64) -> Answer {
     if packet.opens() {
         let about = About {
             kind: if j.decision.reject { EventKind::Reject } else { EventKind::New },
-            hook: Hook::Ingress,
+            hook,
             socket_type: 0,
             family: 0,
             generation: kernel.generation,
             sequence: packet.sequence,
-            cgroup: state.cgroup,
+            cgroup,
         };
-        report(&about, &flow, &j, NOBODY);
+        report(&about, flow, j, NOBODY);
     }
     Answer::Refuse
 }
