@@ -93,6 +93,10 @@ impl Numbers {
     pub fn labels(&mut self, labels: &Labels) -> Identity {
         self.identity(&canonical(labels))
     }
+    /// The number of a rule that has one.
+    pub fn known_rule(&self, policy: &str, rule: &str) -> Option<u32> {
+        self.rules.get(&format!("{policy}/{rule}")).copied()
+    }
     pub fn rule(&mut self, policy: &str, rule: &str) -> u32 {
         number(&mut self.rules, &format!("{policy}/{rule}"), 1 + self.base)
     }
