@@ -178,7 +178,10 @@ impl Core {
     /// read what is odd about it.
     pub(super) fn reload(&mut self, advise: bool) -> report::ReloadReport {
         let before = self.in_force.as_ref().map(|f| (f.revision.number, f.revision.digest.clone()));
-        let warnings = match crate::policy::read_dir_recursive(&self.config.policy) {
+        let begun = std::time::Instant::now();
+        let files = crate::policy::read_dir_recursive(&self.config.policy);
+        tracing::debug!(took = ?begun.elapsed(), "files read");
+        let warnings = match files {
             Ok(files) => self.take(files, advise),
             Err(error) => {
                 let why = format!("the policy cannot be read: {error}");
@@ -224,17 +227,14 @@ impl Core {
         };
         let begun = std::time::Instant::now();
         let read = crate::policy::document::parse_again(&files, &mut self.read);
-        if self.attached
-            && read.1.is_empty()
-            && let Some(f) = &self.in_force
-            && let Some(change) = revision::change(
-                &read.0,
-                (&f.policy, &f.tables, &f.basis),
-                &self.registry,
-                &self.saved.numbers,
-                clock,
-            )
-        {
+        tracing::debug!(at = ?begun.elapsed(), "parsed");
+        let in_force = self.in_force.as_ref().filter(|_| self.attached && read.1.is_empty());
+        let change = in_force.and_then(|f| {
+            let held = (&f.policy, &f.tables, &f.basis);
+            revision::change(&read.0, held, &self.registry, &mut self.saved.numbers, clock)
+        });
+        tracing::debug!(at = ?begun.elapsed(), alone = change.is_some(), "looked for a change of a few rules");
+        if let Some(change) = change {
             if let Err(error) = self.put_change_in_force(files, change, begun) {
                 self.refuse(refused(format!("the kernel did not take the revision: {error:#}")));
                 return Vec::new();
@@ -273,16 +273,16 @@ impl Core {
     /// [`Self::put_in_force`] where only a few rules are others: who carries which labels, which hooks are needed and what
     /// changes by itself stays as it is, and the tables in force are amended and not built anew.
     fn put_change_in_force(&mut self, files: Files, change: revision::Change, begun: std::time::Instant) -> anyhow::Result<()> {
-        let revision::Change { rules, mut amendment, numbers, basis } = change;
+        let revision::Change { rules, mut amendment, basis } = change;
         let keys: Vec<_> = amendment.rules.iter().map(|(key, _)| *key).collect();
         let silent = amendment.is_silent();
         let names = amendment.rule_names.iter().filter_map(|(number, name)| Some((*number, name.as_ref()?)));
         self.names.learn_rules(names);
-        self.saved.numbers = numbers;
         self.judge_packets()?;
         let Some(f) = &mut self.in_force else { anyhow::bail!("no revision is in force that could change") };
         amendment.swap(&mut f.tables);
         let active = if silent { self.datapath.active() } else { self.datapath.publish_change(&f.tables, &keys) };
+        tracing::debug!(at = ?begun.elapsed(), "published");
         let active = match active {
             Ok(active) => active,
             Err(error) => {

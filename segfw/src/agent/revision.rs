@@ -52,19 +52,18 @@ pub struct Change {
     pub rules: BTreeMap<String, Vec<Rule>>,
     /// What differs in the tables.
     pub amendment: Amendment,
-    /// Those of before and new ones.
-    pub numbers: Numbers,
     /// After the change.
     pub basis: Basis,
 }
 
 /// What these documents change in a revision of which `policy`, `tables` and `basis` are left. `None` = it must be built as
-/// a whole: more than a few rules changed, or something is wrong with it.
+/// a whole: more than a few rules changed, or something is wrong with it. New rules get numbers in any case: a number that
+/// is given and not used means nothing, and to copy all of them takes longer than the change.
 pub fn change(
     documents: &[Arc<Document>],
     (policy, tables, basis): (&HostPolicy, &Tables, &Basis),
     registry: &Registry,
-    numbers: &Numbers,
+    numbers: &mut Numbers,
     clock: Clock,
 ) -> Option<Change> {
     // A timeline that was cut short is to be written on.
@@ -72,10 +71,9 @@ pub fn change(
         return None;
     }
     let rules = resolve::changed_rules(policy, &basis.documents, documents)?;
-    let mut numbers = numbers.clone();
-    let (amendment, lists) = amend(policy, tables, &basis.lists, &basis.sets, &rules, &mut numbers, clock)?;
+    let (amendment, lists) = amend(policy, tables, &basis.lists, &basis.sets, &rules, numbers, clock)?;
     let basis = Basis { documents: documents.to_vec(), sets: Vec::new(), lists };
-    Some(Change { rules, amendment, numbers, basis })
+    Some(Change { rules, amendment, basis })
 }
 
 /// The documents that say which processes carry which labels.

@@ -470,9 +470,14 @@ impl Inner {
             fill_rules(self.map(RULES), tables)?;
         }
         self.freeze(RULES)?;
+        let begun = std::time::Instant::now();
         let held = self.dump_rules()?;
+        tracing::debug!(took = ?begun.elapsed(), "rules read back");
         let sum = Sum::new();
-        Ok(held.len() == tables.rules.len() && sum.of(held.iter().map(|(k, v)| (k, v))) == sum.of(tables.rules.iter()))
+        let same =
+            held.len() == tables.rules.len() && sum.of(held.iter().map(|(k, v)| (k, v))) == sum.of(tables.rules.iter());
+        tracing::debug!(took = ?begun.elapsed(), "rules compared");
+        Ok(same)
     }
 
     fn take_prefixes(&self, tables: &Tables) -> Result<bool, Error> {

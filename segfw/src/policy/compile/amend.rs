@@ -636,7 +636,7 @@ mod tests {
     use crate::policy::resolve::{precedence, replace_rules};
 
     const FIRST: u64 = 0;
-    const LAST: u64 = 1_200;
+    const LAST: u64 = 120;
 
     /// What most policies are made of; with everything else hardly a change could be compiled alone.
     fn plain(rule: &mut Rule, rng: &mut Rng) {
@@ -740,6 +740,6 @@ mod tests {
             }
         }
         println!("{alone} changes compiled alone, {loud} of them with other tables, {anew} not");
-        assert!(alone > 800 && loud > 300 && anew > 100, "{alone} {loud} {anew}");
+        assert!(alone > 150 && loud > 60 && anew > 30, "{alone} {loud} {anew}");
     }
 }
