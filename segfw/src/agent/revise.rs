@@ -272,7 +272,12 @@ impl Core {
 
     /// [`Self::put_in_force`] where only a few rules are others: who carries which labels, which hooks are needed and what
     /// changes by itself stays as it is, and the tables in force are amended and not built anew.
-    fn put_change_in_force(&mut self, files: Files, change: revision::Change, begun: std::time::Instant) -> anyhow::Result<()> {
+    fn put_change_in_force(
+        &mut self,
+        files: Files,
+        change: revision::Change,
+        begun: std::time::Instant,
+    ) -> anyhow::Result<()> {
         let revision::Change { rules, mut amendment, basis } = change;
         let keys: Vec<_> = amendment.rules.iter().map(|(key, _)| *key).collect();
         let silent = amendment.is_silent();

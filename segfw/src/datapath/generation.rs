@@ -45,8 +45,8 @@ pub struct Next {
 struct Prefixes {
     map: OwnedFd,
     room: u32,
-    /// What it holds.
-    held: std::collections::BTreeMap<PrefixKey, Identity>,
+    /// [`Tables::prefixes_digest`] of what it holds.
+    digest: [u8; 32],
 }
 
 /// One inner map for each of [`OUTER`], in one slot.
@@ -179,11 +179,11 @@ impl Datapath {
         next.unsettled = true;
         next.needed = needed;
         if !inner.prefixes_ahead {
-            // A descriptor more is not worth a revision: then the next one fills prefixes anew.
+            // For the next one: these are frozen, and were read back.
             next.prefixes = (tables.prefixes.len() >= AHEAD)
                 .then(|| inner.maps.into_iter().nth(PREFIXES))
                 .flatten()
-                .map(|map| Prefixes { map, room: inner.room.prefixes, held: tables.prefixes.clone() });
+                .map(|map| Prefixes { map, room: inner.room.prefixes, digest: tables.prefixes_digest() });
         }
         Ok(new)
     }
@@ -200,7 +200,7 @@ impl Datapath {
         let open_long = inner.rules_ahead;
         if inner.prefixes_ahead
             && keys.is_none()
-            && next.prefixes.as_ref().is_none_or(|known| known.held != tables.prefixes)
+            && next.prefixes.as_ref().is_none_or(|known| known.digest != tables.prefixes_digest())
         {
             let room = inner.room.prefixes;
             let map = make_prefixes(room)?;
@@ -277,7 +277,8 @@ impl Datapath {
         match ahead {
             Some((slot, mut room, held)) => {
                 let mut maps = make(room)?;
-                let shared = next.prefixes.as_ref().filter(|known| held.is_some_and(|t| t.prefixes == known.held));
+                let shared =
+                    next.prefixes.as_ref().filter(|known| held.is_some_and(|t| t.prefixes_digest() == known.digest));
                 if let Some(known) = shared {
                     maps[PREFIXES] = known.map.try_clone().map_err(|e| Error::sys("keep the map of prefixes", e))?;
                     room.prefixes = known.room;

@@ -171,7 +171,8 @@ fn dump_batch<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, expected: usize) ->
     // A hash bucket is never split, so the room must hold the fullest one too.
     let mut room = expected.clamp(64, BATCH) + 64;
     let mut all = Vec::with_capacity(expected.min(BATCH));
-    let room_for = |room: usize| (vec![0u8; room * size_of::<K>()], vec![0u8; room * size_of::<V>().next_multiple_of(8)]);
+    let room_for =
+        |room: usize| (vec![0u8; room * size_of::<K>()], vec![0u8; room * size_of::<V>().next_multiple_of(8)]);
     let (mut keys, mut values) = room_for(room);
     // The cursor is a bucket number for hashes and a key for tries.
     let mut cursor = vec![0u8; size_of::<K>().max(8)];

@@ -122,8 +122,17 @@ pub fn amend(
     numbers: &mut Numbers,
     clock: Clock,
 ) -> Option<(Amendment, PortLists)> {
-    let of_changed = |rule: &&Rule| changed.contains_key(&rule.policy);
-    let before: Vec<&Rule> = old.rules.iter().filter(of_changed).collect();
+    // Rules of one policy mostly follow each other.
+    let mut last: Option<(&str, bool)> = None;
+    let is_changed: Vec<bool> = old
+        .rules
+        .iter()
+        .map(|rule| match last {
+            Some((policy, is)) if policy == rule.policy => is,
+            Some(_) | None => last.insert((&rule.policy, changed.contains_key(&rule.policy))).1,
+        })
+        .collect();
+    let before: Vec<&Rule> = old.rules.iter().zip(&is_changed).filter(|(_, is)| **is).map(|(rule, _)| rule).collect();
     let (gone, new) = sort_out(&before, changed)?;
 
     let sets: Vec<&Labels> = local.iter().collect();
@@ -185,9 +194,9 @@ pub fn amend(
     // Every rule that names one of these pairs, and nobody else.
     let finder = Finder::new(&known, &dirty);
     let mut rules: Vec<&Rule> = Vec::new();
-    for rule in &old.rules {
+    for (rule, _) in old.rules.iter().zip(&is_changed).filter(|(_, is)| !**is) {
         let named = finder.names(&rule.from) && finder.names(&rule.to);
-        if !named && unnamed.is_empty() || of_changed(&rule) {
+        if !named && unnamed.is_empty() {
             continue;
         }
         for net in inline_nets(&[rule]).map(Net::from) {
