@@ -350,7 +350,7 @@ fn ahead(datapath: &Datapath, pair: &Pair) -> Result<()> {
         let used = datapath.inner_maps(next.slot)?;
         ensure!(next.generation == active.generation + 1, "{active:?}, then {next:?}");
         ensure!(
-            (used == waiting) == !matches!(round, 4..=6),
+            (used == waiting) != matches!(round, 4..=6),
             "round {round}: {waiting:?} waited, {used:?} are in force"
         );
         holds(next, &tables)?;

@@ -316,6 +316,8 @@ impl Core {
         f.files = files;
         let _ = self.names.revisions.insert(active.generation, number);
         self.publish_names();
+        // As after any revision, though a change of rules needs no other hooks.
+        self.attach()?;
         self.refused = None;
         self.finish();
         Ok(())
