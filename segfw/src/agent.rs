@@ -79,6 +79,8 @@ struct InForce {
     files: Files,
     policy: HostPolicy,
     tables: Tables,
+    /// What a change of a few rules is compiled from.
+    basis: revision::Basis,
     /// Boot times at which some answer of the tables changes by itself, ascending.
     deadlines: Vec<u64>,
     /// Numbers of the kernel's maps that hold the tables.
@@ -252,14 +254,14 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
             _ = hangup.recv() => {
                 notifier.reloading();
                 let core = Arc::clone(&agent);
-                let _ = on_thread(move || core.core().reload()).await;
+                let _ = on_thread(move || core.core().reload(false)).await;
                 notifier.tell(&agent);
             }
             () = notifier.due() => notifier.tell(&agent),
             changed = folder.changed() => match changed {
                 Some(()) => {
                     let agent = Arc::clone(&agent);
-                    let _ = on_thread(move || agent.core().reload()).await;
+                    let _ = on_thread(move || agent.core().reload(false)).await;
                 }
                 None => break Err(anyhow::anyhow!("the watch of the policy folder ended")),
             },

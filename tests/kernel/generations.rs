@@ -9,7 +9,7 @@ use segfw::policy::Tables;
 use segfw::policy::compile::random::{ADDRESSES, PROBES, Rng, World};
 use segfw_common::probe::Answer;
 use segfw_common::rule::PrefixKey;
-use segfw_common::{Addr, Direction, Flow, Identity, RuleEntry, bounds};
+use segfw_common::{Addr, Direction, Flow, Identity, RuleEntry, RuleKey, bounds};
 use segfw_tests::scratch::Scratch;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,6 +33,7 @@ pub(crate) fn run(options: &Options, tally: &mut Tally) -> Result<()> {
     }
     tally.count("generations: no free descriptor changes nothing", starved(&datapath, &pair));
     tally.count("generations: maps that wait are used as they were left", waiting(&datapath, &pair));
+    tally.count("generations: after a large revision a change is written as what differs", ahead(&datapath, &pair));
     tally.count("generations: the next agent finds it in force", found_again(&datapath, &scratch, &pair));
     Ok(())
 }
@@ -293,6 +294,79 @@ fn waiting(datapath: &Datapath, pair: &Pair) -> Result<()> {
     ensure!(empty(after.slot)? && !empty(ready(active))?, "slots are not emptied");
     let _ = datapath.publish(&pair.tables[0])?;
     Ok(())
+}
+
+/// After a large revision the maps that wait hold it already: a change of it writes what differs, and nothing else is in
+/// force than what was computed, whatever somebody did to what lay open.
+fn ahead(datapath: &Datapath, pair: &Pair) -> Result<()> {
+    let mut tables = pair.tables[1].clone();
+    let (key, entry) = tables.rules.iter().next().map(|(k, e)| (*k, *e)).context("no rules")?;
+    for i in 0..6_000u32 {
+        let _ = tables.rules.insert(RuleKey { local: Identity(100_000 + i), ..key }, entry);
+        let addr = Addr::v4((0x0b00_0000 + i).to_be_bytes());
+        let _ = tables.prefixes.insert(PrefixKey { bits: 128, addr }, Identity(300));
+    }
+    let holds = |active: Active, tables: &Tables| -> Result<()> {
+        ensure!(datapath.active()? == active, "{active:?} is not in force");
+        ensure!(datapath.read_back(active.slot)?.digest() == tables.digest(), "not what was computed");
+        Ok(())
+    };
+    let ready = |active: Active| (active.slot + 1) % bounds::SLOTS;
+    let mut active = datapath.publish(&tables)?;
+    holds(active, &tables)?;
+    let prefixes = |slot: u32| sys::outer_id(datapath.map("PREFIXES")?, slot).context("PREFIXES");
+    for round in 0..8u32 {
+        datapath.settle_on(&tables)?;
+        let waiting = datapath.inner_maps(ready(active))?;
+        ensure!(prefixes(active.slot)? == prefixes(ready(active))?, "the prefixes were made anew");
+        // One more, one less, one with another answer.
+        let keys = [
+            RuleKey { local: Identity(200_000 + round), ..key },
+            RuleKey { local: Identity(100_000 + round), ..key },
+            RuleKey { local: Identity(105_000 + round), ..key },
+        ];
+        let _ = tables.rules.insert(keys[0], entry);
+        let _ = tables.rules.remove(&keys[1]);
+        let _ = tables.rules.insert(keys[2], RuleEntry { rule: 77, ..entry });
+        let next = match round {
+            // Whoever does not know what differs finds out.
+            3 => datapath.publish(&tables)?,
+            // Somebody wrote into what lay open, or took something out: other maps are made.
+            4 | 5 => {
+                let map = sys::outer_get(datapath.map("RULES")?, ready(active))?.context("nothing waits")?;
+                match round {
+                    4 => sys::map_update(map.as_fd(), &RuleKey { local: Identity(999_999), ..key }, &entry)?,
+                    _ => ensure!(sys::map_delete(map.as_fd(), &RuleKey { local: Identity(104_000), ..key })?),
+                }
+                datapath.publish_change(&tables, &keys)?
+            }
+            // Other prefixes: those in force are not.
+            6 => {
+                let _ = tables.prefixes.insert(PrefixKey { bits: 128, addr: Addr::v4([12, 0, 0, 1]) }, Identity(301));
+                datapath.publish(&tables)?
+            }
+            _ => datapath.publish_change(&tables, &keys)?,
+        };
+        let used = datapath.inner_maps(next.slot)?;
+        ensure!(next.generation == active.generation + 1, "{active:?}, then {next:?}");
+        ensure!(
+            (used == waiting) != matches!(round, 4..=6),
+            "round {round}: {waiting:?} waited, {used:?} are in force"
+        );
+        holds(next, &tables)?;
+        active = next;
+        frozen(datapath)?;
+    }
+    // A difference that is not told is found when the maps are read back, and then all is written.
+    datapath.settle_on(&tables)?;
+    let _ = tables.rules.insert(RuleKey { local: Identity(300_000), ..key }, entry);
+    let next = datapath.publish_change(&tables, &[])?;
+    holds(next, &tables)?;
+    // Back to small ones.
+    datapath.settle_on(&tables)?;
+    let next = datapath.publish(&pair.tables[0])?;
+    datapath.settle_on(&pair.tables[0])?;
+    same(datapath, pair, next)
 }
 
 fn found_again(datapath: &Datapath, scratch: &Scratch, pair: &Pair) -> Result<()> {

@@ -36,7 +36,7 @@ impl Backend for Agent {
     }
 
     async fn reload(&self) -> Result<ReloadReport, Failure> {
-        Ok(self.core().reload())
+        Ok(self.core().reload(true))
     }
 
     async fn take(&self, source: String) -> Result<ReloadReport, Failure> {

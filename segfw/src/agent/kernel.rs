@@ -190,7 +190,7 @@ impl Core {
         if new {
             // Labels that no table knows yet (several documents on one cgroup): the tables come first.
             if let Some(files) = self.in_force.as_ref().map(|f| f.files.clone()) {
-                let _ = self.take(files);
+                let _ = self.take(files, false);
             }
             return;
         }

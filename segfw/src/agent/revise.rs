@@ -1,6 +1,9 @@
 //! From the folder to the kernel: one revision, taken whole or refused whole.
 
 use super::*;
+use crate::policy::compile::Clock;
+use crate::policy::{Document, HostSettings, Inventory};
+use revision::Basis;
 
 /// A revision that is younger than this when its author names himself is the one he means.
 const SEEN_FIRST: Duration = Duration::from_secs(5);
@@ -141,7 +144,7 @@ impl Core {
     /// The first revision: the folder's, else what `absence.beforeFirstRevision` says. After a restart, where the kernel
     /// enforces already, always the last one that was in force here.
     pub(super) fn start(&mut self) {
-        let _ = self.reload();
+        let _ = self.reload(false);
         if self.in_force.is_none() {
             self.start_without_folder();
         }
@@ -168,15 +171,19 @@ impl Core {
         tracing::warn!("taking the last revision that was in force");
         let refused = self.refused.take();
         let files = self.saved.files.clone();
-        let _ = self.take(files);
+        let _ = self.take(files, false);
         self.refused = refused.or(self.refused.take());
     }
 
-    /// Reads the folder and puts it in force, or says why not; then the last revision stays.
-    pub(super) fn reload(&mut self) -> report::ReloadReport {
+    /// Reads the folder and puts it in force, or says why not; then the last revision stays. `advise` = somebody is there to
+    /// read what is odd about it.
+    pub(super) fn reload(&mut self, advise: bool) -> report::ReloadReport {
         let before = self.in_force.as_ref().map(|f| (f.revision.number, f.revision.digest.clone()));
-        let warnings = match crate::policy::read_dir_recursive(&self.config.policy) {
-            Ok(files) => self.take(files),
+        let begun = std::time::Instant::now();
+        let files = crate::policy::read_dir_recursive(&self.config.policy);
+        tracing::debug!(took = ?begun.elapsed(), "files read");
+        let warnings = match files {
+            Ok(files) => self.take(files, advise),
             Err(error) => {
                 let why = format!("the policy cannot be read: {error}");
                 self.refuse(Refused { at: Timestamp::now(), why, problems: Vec::new() });
@@ -209,8 +216,8 @@ impl Core {
         self.refused = Some(refused);
     }
 
-    /// Builds and publishes files. Returns the warnings.
-    pub(super) fn take(&mut self, files: Files) -> Vec<Finding> {
+    /// Builds and publishes files. Returns the warnings, if somebody is there to read them.
+    pub(super) fn take(&mut self, files: Files, advise: bool) -> Vec<Finding> {
         let refused = |why: String| Refused { at: Timestamp::now(), why, problems: Vec::new() };
         let clock = match revision::clock() {
             Ok(clock) => clock,
@@ -220,9 +227,24 @@ impl Core {
             }
         };
         let begun = std::time::Instant::now();
+        let read = crate::policy::document::parse_again(&files, &mut self.read);
+        tracing::debug!(at = ?begun.elapsed(), "parsed");
+        let in_force = self.in_force.as_ref().filter(|_| self.attached && read.1.is_empty());
+        let change = in_force.and_then(|f| {
+            let held = (&f.policy, &f.tables, &f.basis);
+            revision::change(&read.0, held, &self.registry, &mut self.saved.numbers, clock)
+        });
+        tracing::debug!(at = ?begun.elapsed(), alone = change.is_some(), "looked for a change of a few rules");
+        if let Some(change) = change {
+            if let Err(error) = self.put_change_in_force(files, change, begun) {
+                self.refuse(refused(format!("the kernel did not take the revision: {error:#}")));
+                return Vec::new();
+            }
+            return if advise { self.advice(&read.0, clock) } else { Vec::new() };
+        }
         let mut numbers = self.saved.numbers.clone();
         let mut registry = self.registry.clone();
-        match revision::build(files, &mut self.read, &mut registry, &mut numbers, self.config.monitor, clock) {
+        match revision::build_read(files, read, &mut registry, &mut numbers, self.config.monitor, clock) {
             Err(refused) => {
                 self.refuse(refused);
                 Vec::new()
@@ -240,6 +262,84 @@ impl Core {
         }
     }
 
+    /// What is odd about the revision in force. It takes longer than a change does, so it comes after it.
+    fn advice(&self, documents: &[Arc<Document>], clock: Clock) -> Vec<Finding> {
+        let inventory = Inventory { workloads: self.registry.known() };
+        let host = HostSettings { monitor: self.config.monitor };
+        let (_, problems) = crate::policy::resolve(documents, &inventory, &host, clock.wall);
+        let problems = crate::policy::Problems::new(problems);
+        problems.iter().map(Finding::from).chain(self.registry.conflicts().iter().map(Finding::from)).collect()
+    }
+
+    /// [`Self::put_in_force`] where only a few rules are others: who carries which labels, which hooks are needed and what
+    /// changes by itself stays as it is, and the tables in force are amended and not built anew.
+    fn put_change_in_force(
+        &mut self,
+        files: Files,
+        change: revision::Change,
+        begun: std::time::Instant,
+    ) -> anyhow::Result<()> {
+        let revision::Change { rules, mut amendment, basis } = change;
+        let keys: Vec<_> = amendment.rules.iter().map(|(key, _)| *key).collect();
+        let silent = amendment.is_silent();
+        let names = amendment.rule_names.iter().filter_map(|(number, name)| Some((*number, name.as_ref()?)));
+        self.names.learn_rules(names);
+        self.judge_packets()?;
+        let Some(f) = &mut self.in_force else { anyhow::bail!("no revision is in force that could change") };
+        amendment.swap(&mut f.tables);
+        let active = if silent { self.datapath.active() } else { self.datapath.publish_change(&f.tables, &keys) };
+        tracing::debug!(at = ?begun.elapsed(), "published");
+        let active = match active {
+            Ok(active) => active,
+            Err(error) => {
+                amendment.swap(&mut f.tables);
+                return Err(error.into());
+            }
+        };
+        let took = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.shared.apply_ns.store(took, std::sync::atomic::Ordering::Relaxed);
+        // From here on it is enforced; what follows is for the next agent, and for who reads.
+        crate::policy::resolve::replace_rules(&mut f.policy, rules);
+        f.basis = Basis { sets: std::mem::take(&mut f.basis.sets), ..basis };
+        let digest = crate::policy::digest(&files);
+        if digest != f.revision.digest {
+            f.revision.number = self.saved.revision + 1;
+            f.revision.loaded_at = Timestamp::now();
+        }
+        f.revision.digest = digest;
+        f.revision.generation = active.generation;
+        f.revision.files = files.iter().map(|(name, _)| name.clone()).collect();
+        let (number, entries) = (f.revision.number, f.tables.rules.len());
+        tracing::info!(revision = number, generation = active.generation, entries, changed = keys.len(), "in force");
+        f.maps = self.datapath.inner_maps(active.slot)?;
+        self.saved.revision = number;
+        self.saved.files = files.clone();
+        f.files = files;
+        let _ = self.names.revisions.insert(active.generation, number);
+        self.publish_names();
+        // As after any revision, though a change of rules needs no other hooks.
+        self.attach()?;
+        self.refused = None;
+        self.finish();
+        Ok(())
+    }
+
+    /// What comes after a switch: live connections first, since all else can wait.
+    fn finish(&mut self) {
+        self.survey();
+        self.save();
+        self.keep_revision();
+        // The next revision finds room, and waits for no grace period.
+        let settled = match &self.in_force {
+            Some(f) => self.datapath.settle_on(&f.tables),
+            None => self.datapath.settle(),
+        };
+        if let Err(error) = settled {
+            tracing::warn!("{error}");
+        }
+        give_back();
+    }
+
     /// Plan, then apply. The order opens no hole and breaks nothing that old and new both allow: the new tables know the
     /// label sets of before and after; they are switched as a whole, and only then do cgroups change hands. If the switch
     /// fails nothing has changed. On a new host hooks come last.
@@ -250,7 +350,7 @@ impl Core {
         numbers: Numbers,
         begun: std::time::Instant,
     ) -> anyhow::Result<()> {
-        let Candidate { files, digest, policy, tables, warnings: _ } = candidate;
+        let Candidate { files, digest, policy, tables, warnings: _, basis } = candidate;
         let same = match &self.in_force {
             Some(f) => f.tables.say_the_same(&tables),
             // What an earlier agent left is taken over as it is if it says the same.
@@ -308,17 +408,9 @@ impl Core {
         let revision = Revision { number, digest, generation: active.generation, loaded_at, files: names };
         tracing::info!(revision = number, generation = active.generation, entries = tables.rules.len(), "in force");
         let maps = self.datapath.inner_maps(active.slot)?;
-        self.in_force = Some(InForce { revision, files, policy, tables, deadlines, maps });
+        self.in_force = Some(InForce { revision, files, policy, tables, basis, deadlines, maps });
         self.refused = None;
-        // Live connections first: all else can wait.
-        self.survey();
-        self.save();
-        self.keep_revision();
-        // The next revision finds room, and waits for no grace period.
-        if let Err(error) = self.datapath.settle() {
-            tracing::warn!("{error}");
-        }
-        give_back();
+        self.finish();
         Ok(())
     }
 
@@ -362,7 +454,7 @@ impl Core {
     /// As `reload`, for files that somebody has put there who says who they are from.
     pub(super) fn take_from(&mut self, source: String) -> report::ReloadReport {
         self.source = Some(source.clone());
-        let report = self.reload();
+        let report = self.reload(true);
         self.source = None;
         // The watch of the folder may have been quicker than the caller.
         if !report.changed

@@ -3,14 +3,16 @@
 use super::registry::Registry;
 use crate::control::report::{Finding, Refused};
 use crate::control::trial;
-use crate::policy::compile::{Clock, compile};
-use crate::policy::document::{Cache, Document, WorkloadDoc};
+use crate::policy::compile::{Amendment, Clock, PortLists, amend, compile_whole};
+use crate::policy::document::{Cache, Document, WorkloadDoc, parse_again};
+use crate::policy::host_policy::{Labels, Rule};
+use crate::policy::resolve;
 use crate::policy::tables::Numbers;
-use crate::policy::{self, HostPolicy, HostSettings, Inventory, Tables};
+use crate::policy::{self, HostPolicy, HostSettings, Inventory, Problem, Tables};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::borrow::Borrow;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -29,6 +31,49 @@ pub struct Candidate {
     pub tables: Tables,
     /// What is not wrong but odd.
     pub warnings: Vec<Finding>,
+    /// What a change of a few rules is compiled from.
+    pub basis: Basis,
+}
+
+/// What a revision was compiled from, beside its policy.
+#[derive(Default)]
+pub struct Basis {
+    /// As read.
+    pub documents: Vec<Arc<Document>>,
+    /// Label sets that the tables know.
+    pub sets: Vec<Labels>,
+    /// Port lists of its rules.
+    pub lists: PortLists,
+}
+
+/// A revision in which only a few rules are others, compiled alone.
+pub struct Change {
+    /// By policy: all its rules.
+    pub rules: BTreeMap<String, Vec<Rule>>,
+    /// What differs in the tables.
+    pub amendment: Amendment,
+    /// After the change.
+    pub basis: Basis,
+}
+
+/// What these documents change in a revision of which `policy`, `tables` and `basis` are left. `None` = it must be built as
+/// a whole: more than a few rules changed, or something is wrong with it. New rules get numbers in any case: a number that
+/// is given and not used means nothing, and to copy all of them takes longer than the change.
+pub fn change(
+    documents: &[Arc<Document>],
+    (policy, tables, basis): (&HostPolicy, &Tables, &Basis),
+    registry: &Registry,
+    numbers: &mut Numbers,
+    clock: Clock,
+) -> Option<Change> {
+    // A timeline that was cut short is to be written on.
+    if tables.refresh_at.is_some() || registry.label_sets().iter().any(|set| basis.sets.binary_search(set).is_err()) {
+        return None;
+    }
+    let rules = resolve::changed_rules(policy, &basis.documents, documents)?;
+    let (amendment, lists) = amend(policy, tables, &basis.lists, &basis.sets, &rules, numbers, clock)?;
+    let basis = Basis { documents: documents.to_vec(), sets: Vec::new(), lists };
+    Some(Change { rules, amendment, basis })
 }
 
 /// The documents that say which processes carry which labels.
@@ -55,6 +100,19 @@ pub fn build(
     monitor: bool,
     clock: Clock,
 ) -> Result<Candidate, Refused> {
+    let read = parse_again(&files, read);
+    build_read(files, read, registry, numbers, monitor, clock)
+}
+
+/// [`build`] of files whose documents, and the problems with them, are known.
+pub fn build_read(
+    files: Files,
+    (documents, problems): (Vec<Arc<Document>>, Vec<Problem>),
+    registry: &mut Registry,
+    numbers: &mut Numbers,
+    monitor: bool,
+    clock: Clock,
+) -> Result<Candidate, Refused> {
     let refuse = |why: &str, problems: Vec<Finding>| Refused { at: clock.wall, why: why.to_owned(), problems };
     let mut candidate = registry.without_documents();
     let inventory = |documents: &[Arc<Document>]| {
@@ -62,7 +120,7 @@ pub fn build(
         Inventory { workloads: candidate.known() }
     };
     let (documents, policy, problems) =
-        policy::read_again(&files, read, inventory, &HostSettings { monitor }, clock.wall);
+        resolve::judged(documents, problems, inventory, &HostSettings { monitor }, clock.wall);
     let mut findings: Vec<Finding> = problems.iter().map(Finding::from).collect();
     findings.extend(candidate.conflicts().iter().map(Finding::from));
     if problems.errors() != 0 {
@@ -73,7 +131,7 @@ pub fn build(
     let mut sets: BTreeSet<_> = candidate.label_sets().into_iter().collect();
     sets.extend(registry.label_sets());
     let sets: Vec<_> = sets.into_iter().collect();
-    let tables = compile(&policy, &sets, &[], &mut next, clock)
+    let (tables, lists) = compile_whole(&policy, &sets, &[], &mut next, clock)
         .map_err(|problems| refuse("the policy does not fit", problems.iter().map(Finding::from).collect()))?;
     // What must hold is tried on the labels that are here and on those that the cases name.
     let cases = trial::run(&policy, &documents, &sets, registry.host_labels(), clock)
@@ -86,7 +144,8 @@ pub fn build(
     *numbers = next;
     *registry = candidate;
     let digest = policy::digest(&files);
-    Ok(Candidate { files, digest, policy, tables, warnings: findings })
+    let basis = Basis { documents, sets, lists };
+    Ok(Candidate { files, digest, policy, tables, warnings: findings, basis })
 }
 
 /// What the agent keeps on disk. The numbers belong to the pinned maps: `maps` is the id of one of them.

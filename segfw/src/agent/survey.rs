@@ -246,7 +246,7 @@ impl Core {
         let now = proc::boot_ns().unwrap_or(0);
         let stale = self.in_force.as_ref().is_some_and(|f| f.tables.refresh_at.is_some_and(|at| now >= at));
         if stale && let Some(files) = self.in_force.as_ref().map(|f| f.files.clone()) {
-            let _ = self.take(files);
+            let _ = self.take(files, false);
             // Refused: what is in force goes on to its strict end. Not asked again at once, but not given up either.
             if let Some(f) = &mut self.in_force
                 && f.tables.refresh_at.is_some_and(|at| now >= at)

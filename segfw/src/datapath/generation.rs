@@ -6,6 +6,10 @@
 //! Each write to an outer map costs a grace period of RCU, so none is on the way of a revision: empty inner maps wait in
 //! the next slot, where no program looks before `CONTROL` says so ([`Datapath::settle`] puts them there, after the switch
 //! before). A revision that needs larger ones has them put there first.
+//!
+//! After a large revision the maps that wait are not empty ([`Datapath::settle_on`]): `RULES` holds what is in force
+//! already, so that a change writes what differs, and `PREFIXES` is the very map in force. That one is frozen, and was read
+//! back when it was made; `RULES` is frozen after the last write and then read back whole, as any other.
 
 use super::{Datapath, Error, sys};
 use crate::policy::Tables;
@@ -20,6 +24,9 @@ const OUTER: [&str; 5] = ["CLASSES", "RULES", "TIMELINE", "LOCALS", "PREFIXES"];
 /// Entries that waiting maps of a small policy hold: a hundred kilobytes of kernel memory.
 const ROOM: u32 = 1_024;
 
+/// From so many entries on a map is made ready with what is in force: to fill a smaller one takes a millisecond.
+const AHEAD: usize = 4_096;
+
 /// What lies ready for the next revision, and what the last one left to do.
 #[derive(Debug, Default)]
 pub struct Next {
@@ -29,6 +36,17 @@ pub struct Next {
     unsettled: bool,
     /// Room that the last revision needed.
     needed: Room,
+    /// The prefixes in force, where this agent published them.
+    prefixes: Option<Prefixes>,
+}
+
+/// A frozen map of prefixes that was read back.
+#[derive(Debug)]
+struct Prefixes {
+    map: OwnedFd,
+    room: u32,
+    /// [`Tables::prefixes_digest`] of what it holds.
+    digest: [u8; 32],
 }
 
 /// One inner map for each of [`OUTER`], in one slot.
@@ -37,6 +55,10 @@ struct Inner {
     slot: u32,
     room: Room,
     maps: Vec<OwnedFd>,
+    /// `RULES` holds what is in force.
+    rules_ahead: bool,
+    /// `PREFIXES` is the frozen map in force.
+    prefixes_ahead: bool,
 }
 
 /// Most entries of the inner maps whose size differs from policy to policy.
@@ -117,6 +139,15 @@ impl Datapath {
     /// Puts tables in force. On any error the generation in force stays as it is. Programs that had begun may still judge
     /// by the old one; [`Self::settle`] waits for them.
     pub fn publish(&self, tables: &Tables) -> Result<Active, Error> {
+        self.publish_as(tables, None)
+    }
+
+    /// [`Self::publish`] of tables that differ from those in force in these keys of `rules`, and not in `prefixes`.
+    pub fn publish_change(&self, tables: &Tables, keys: &[RuleKey]) -> Result<Active, Error> {
+        self.publish_as(tables, Some(keys))
+    }
+
+    fn publish_as(&self, tables: &Tables, keys: Option<&[RuleKey]>) -> Result<Active, Error> {
         let mut next = self.next();
         let old = self.active()?;
         let slot = (old.slot + 1) % bounds::SLOTS;
@@ -124,27 +155,79 @@ impl Datapath {
         // What somebody put there in place of ours is not used.
         let ready =
             |inner: &Inner| inner.slot == slot && inner.room.holds(needed) && self.is_in(inner).unwrap_or(false);
-        let inner = match next.waiting.take().filter(ready) {
+        let waiting = match next.waiting.take().filter(ready) {
+            Some(inner) => self.fill_ahead(inner, tables, keys, &mut next)?,
+            None => None,
+        };
+        let inner = match waiting {
             Some(inner) => inner,
             None => {
                 // Programs of the generation before this one may be in any slot but the one in force.
                 self.settle_now(&mut next, None)?;
-                self.install(slot, needed.ahead())?
+                let inner = self.install(slot, make(needed.ahead())?, needed.ahead())?;
+                if !inner.take(tables)? {
+                    let (want, have) = (tables.digest(), self.read_back(slot)?.digest());
+                    return Err(Error::ReadBack { want: hex(&want), have: hex(&have) });
+                }
+                inner
             }
         };
-        inner.fill(tables)?;
-        inner.freeze()?;
-        if !inner.read()?.holds(tables) {
-            let (want, have) = (tables.digest(), self.read_back(slot)?.digest());
-            return Err(Error::ReadBack { want: hex(&want), have: hex(&have) });
-        }
         // What was written into the maps is there for whoever reads the word.
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         let new = Active { generation: after(old.generation), slot };
         self.set_active(new)?;
         next.unsettled = true;
         next.needed = needed;
+        if !inner.prefixes_ahead {
+            // For the next one: these are frozen, and were read back.
+            next.prefixes = (tables.prefixes.len() >= AHEAD)
+                .then(|| inner.maps.into_iter().nth(PREFIXES))
+                .flatten()
+                .map(|map| Prefixes { map, room: inner.room.prefixes, digest: tables.prefixes_digest() });
+        }
         Ok(new)
+    }
+
+    /// Makes maps that waited say what the tables say; `None` = they do not, and others are to be made, since what lay open
+    /// for long may have been changed by anybody.
+    fn fill_ahead(
+        &self,
+        mut inner: Inner,
+        tables: &Tables,
+        keys: Option<&[RuleKey]>,
+        next: &mut Next,
+    ) -> Result<Option<Inner>, Error> {
+        let open_long = inner.rules_ahead;
+        if inner.prefixes_ahead
+            && keys.is_none()
+            && next.prefixes.as_ref().is_none_or(|known| known.digest != tables.prefixes_digest())
+        {
+            let room = inner.room.prefixes;
+            let map = make_prefixes(room)?;
+            sys::outer_set(self.map(OUTER[PREFIXES])?, inner.slot, map.as_fd())
+                .map_err(|e| Error::sys(format!("put a new map into slot {} of {}", inner.slot, OUTER[PREFIXES]), e))?;
+            inner.maps[PREFIXES] = map;
+            inner.prefixes_ahead = false;
+        }
+        if inner.rules_ahead {
+            match keys {
+                Some(keys) => inner.amend(tables, keys)?,
+                None => {
+                    let held = inner.dump_rules()?;
+                    let keys = differing(held, tables);
+                    inner.amend(tables, &keys)?;
+                }
+            }
+        }
+        if inner.take(tables)? {
+            return Ok(Some(inner));
+        }
+        if open_long {
+            tracing::warn!("the maps that were ready for the next revision were changed by somebody: others are made");
+            return Ok(None);
+        }
+        let (want, have) = (tables.digest(), self.read_back(inner.slot)?.digest());
+        Err(Error::ReadBack { want: hex(&want), have: hex(&have) })
     }
 
     /// Returns when no program judges by an older slot any more; then those are empty, and maps for the next revision wait
@@ -158,7 +241,25 @@ impl Datapath {
         let slot = (active.slot + 1) % bounds::SLOTS;
         if next.unsettled || next.waiting.as_ref().is_none_or(|inner| inner.slot != slot) {
             let room = next.needed.ahead();
-            self.settle_now(&mut next, Some((slot, room)))?;
+            self.settle_now(&mut next, Some((slot, room, None)))?;
+        }
+        Ok(())
+    }
+
+    /// [`Self::settle`], and the maps that wait hold already what these tables, which are in force, say.
+    pub fn settle_on(&self, tables: &Tables) -> Result<(), Error> {
+        if tables.rules.len() < AHEAD {
+            return self.settle();
+        }
+        let mut next = self.next();
+        let active = self.active()?;
+        if active.generation == 0 {
+            return Ok(());
+        }
+        let slot = (active.slot + 1) % bounds::SLOTS;
+        if next.unsettled || next.waiting.as_ref().is_none_or(|inner| inner.slot != slot || !inner.rules_ahead) {
+            let room = Room::of(tables).ahead();
+            self.settle_now(&mut next, Some((slot, room, Some(tables))))?;
         }
         Ok(())
     }
@@ -167,14 +268,28 @@ impl Datapath {
         self.next.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// See [`Self::settle`]; `ahead` = where to put maps for the next revision, and how large.
-    fn settle_now(&self, next: &mut Next, ahead: Option<(u32, Room)>) -> Result<(), Error> {
+    /// See [`Self::settle`]; `ahead` = where to put maps for the next revision, how large, and what they hold.
+    fn settle_now(&self, next: &mut Next, ahead: Option<(u32, Room, Option<&Tables>)>) -> Result<(), Error> {
         next.waiting = None;
         let active = self.active()?;
         // A plain array write, as that of `CONTROL`, waits for nobody. Writing to an outer slot waits for a grace period:
         // after it no program that read the old word is still running, and the old slot can go.
         match ahead {
-            Some((slot, room)) => next.waiting = Some(self.install(slot, room)?),
+            Some((slot, mut room, held)) => {
+                let mut maps = make(room)?;
+                let shared =
+                    next.prefixes.as_ref().filter(|known| held.is_some_and(|t| t.prefixes_digest() == known.digest));
+                if let Some(known) = shared {
+                    maps[PREFIXES] = known.map.try_clone().map_err(|e| Error::sys("keep the map of prefixes", e))?;
+                    room.prefixes = known.room;
+                }
+                if let Some(tables) = held {
+                    fill_rules(maps[RULES].as_fd(), tables)?;
+                }
+                let (rules_ahead, prefixes_ahead) = (held.is_some(), shared.is_some());
+                let inner = self.install(slot, maps, room)?;
+                next.waiting = Some(Inner { rules_ahead, prefixes_ahead, ..inner });
+            }
             None if next.unsettled => {
                 if let Some(map) = sys::outer_get(self.map(OUTER[0])?, active.slot)
                     .map_err(|e| Error::sys(format!("open slot {} of {}", active.slot, OUTER[0]), e))?
@@ -187,7 +302,7 @@ impl Datapath {
         }
         next.unsettled = false;
         // What is not cleared costs memory, and the next one comes by again.
-        let keep = [Some(active.slot), ahead.map(|(slot, _)| slot)];
+        let keep = [Some(active.slot), ahead.map(|(slot, _, _)| slot)];
         let others = || (0..bounds::SLOTS).filter(|slot| !keep.contains(&Some(*slot)));
         let cleared = self.on_each(|_, outer| others().try_for_each(|slot| sys::outer_clear(outer, slot)));
         if let Err(error) = cleared {
@@ -196,9 +311,9 @@ impl Datapath {
         Ok(())
     }
 
-    /// Makes empty maps and puts them into a slot that `CONTROL` does not name.
-    fn install(&self, slot: u32, room: Room) -> Result<Inner, Error> {
-        let inner = Inner { slot, room, maps: make(room)? };
+    /// Puts maps into a slot that `CONTROL` does not name.
+    fn install(&self, slot: u32, maps: Vec<OwnedFd>, room: Room) -> Result<Inner, Error> {
+        let inner = Inner { slot, room, maps, rules_ahead: false, prefixes_ahead: false };
         self.on_each(|i, outer| sys::outer_set(outer, slot, inner.maps[i].as_fd()))
             .map_err(|e| Error::sys(format!("put new maps into slot {slot}"), e))?;
         Ok(inner)
@@ -255,7 +370,8 @@ impl Datapath {
                 })
         };
         let maps = OUTER.iter().map(|name| open(name)).collect::<Result<_, _>>()?;
-        Ok(Inner { slot, room: Room::default(), maps }.read()?.tables())
+        let inner = Inner { slot, room: Room::default(), maps, rules_ahead: false, prefixes_ahead: false };
+        Ok(inner.read()?.tables())
     }
 }
 
@@ -264,27 +380,45 @@ fn after(generation: u32) -> u32 {
     generation.wrapping_add(1).max(1)
 }
 
+/// Index into [`OUTER`].
+const RULES: usize = 1;
+/// Index into [`OUTER`].
+const PREFIXES: usize = 4;
+
+fn make_one(kind: u32, key: usize, value: usize, n: u32, flags: u32, name: &str) -> Result<OwnedFd, Error> {
+    sys::map_create(kind, key, value, n, flags, name)
+        .map_err(|e| Error::sys(format!("make the map {name} with room for {n} entries"), e))
+}
+
+fn make_prefixes(room: u32) -> Result<OwnedFd, Error> {
+    let flags = sys::F_RDONLY_PROG | sys::F_NO_PREALLOC;
+    make_one(sys::MAP_TYPE_LPM_TRIE, size_of::<PrefixKey>(), 4, room, flags, OUTER[PREFIXES])
+}
+
+fn fill_rules(map: BorrowedFd<'_>, tables: &Tables) -> Result<(), Error> {
+    let (keys, values): (Vec<_>, Vec<_>) = tables.rules.iter().map(|(k, v)| (*k, *v)).unzip();
+    sys::map_fill(map, &keys, &values).map_err(|e| Error::sys(format!("fill the map {}", OUTER[RULES]), e))
+}
+
+/// The keys of which these entries and the tables do not say the same.
+fn differing(mut held: Vec<(RuleKey, RuleEntry)>, tables: &Tables) -> Vec<RuleKey> {
+    held.sort_unstable_by_key(|e| e.0);
+    let find = |key: &RuleKey| held.binary_search_by_key(key, |e| e.0).ok().and_then(|i| held.get(i));
+    let gone = held.iter().map(|(key, _)| *key).filter(|key| !tables.rules.contains_key(key));
+    let other = tables.rules.iter().filter(|(key, entry)| find(key).is_none_or(|(_, held)| held != *entry));
+    gone.chain(other.map(|(key, _)| *key)).collect()
+}
+
 /// Empty inner maps, in the order of [`OUTER`].
 fn make(room: Room) -> Result<Vec<OwnedFd>, Error> {
     const READ_ONLY: u32 = sys::F_RDONLY_PROG;
-    let make = |kind, key, value, n, flags, name: &str| {
-        sys::map_create(kind, key, value, n, flags, name)
-            .map_err(|e| Error::sys(format!("make the map {name} with room for {n} entries"), e))
-    };
     let entry = size_of::<RuleEntry>();
     Ok(vec![
-        make(sys::MAP_TYPE_ARRAY, 4, 65536 * 2, Proto::COUNT, READ_ONLY, OUTER[0])?,
-        make(sys::MAP_TYPE_HASH, size_of::<RuleKey>(), entry, room.rules, READ_ONLY, OUTER[1])?,
-        make(sys::MAP_TYPE_HASH, 4, entry, room.timeline, READ_ONLY, OUTER[2])?,
-        make(sys::MAP_TYPE_HASH, 4, size_of::<LocalEntry>(), room.locals, READ_ONLY, OUTER[3])?,
-        make(
-            sys::MAP_TYPE_LPM_TRIE,
-            size_of::<PrefixKey>(),
-            4,
-            room.prefixes,
-            READ_ONLY | sys::F_NO_PREALLOC,
-            OUTER[4],
-        )?,
+        make_one(sys::MAP_TYPE_ARRAY, 4, 65536 * 2, Proto::COUNT, READ_ONLY, OUTER[0])?,
+        make_one(sys::MAP_TYPE_HASH, size_of::<RuleKey>(), entry, room.rules, READ_ONLY, OUTER[RULES])?,
+        make_one(sys::MAP_TYPE_HASH, 4, entry, room.timeline, READ_ONLY, OUTER[2])?,
+        make_one(sys::MAP_TYPE_HASH, 4, size_of::<LocalEntry>(), room.locals, READ_ONLY, OUTER[3])?,
+        make_prefixes(room.prefixes)?,
     ])
 }
 
@@ -294,11 +428,21 @@ impl Inner {
         self.maps[index].as_fd()
     }
 
-    fn fill(&self, tables: &Tables) -> Result<(), Error> {
-        let write = |index: usize| {
-            let what = format!("fill the map {}", OUTER[index]);
-            move |e| Error::sys(what, e)
-        };
+    /// Fills, freezes and reads back: `true` = the maps hold what the tables say. `RULES` and `PREFIXES`, which can be large,
+    /// each by a thread.
+    fn take(&self, tables: &Tables) -> Result<bool, Error> {
+        if tables.rules.len() + tables.prefixes.len() < AHEAD {
+            return Ok(self.take_small(tables)? & self.take_rules(tables)? & self.take_prefixes(tables)?);
+        }
+        std::thread::scope(|scope| {
+            let prefixes = scope.spawn(|| self.take_prefixes(tables));
+            let others = self.take_small(tables).and_then(|same| Ok(same & self.take_rules(tables)?));
+            let panicked = || Error::sys("fill the maps", std::io::Error::other("panic"));
+            Ok(prefixes.join().map_err(|_| panicked())?? & others?)
+        })
+    }
+
+    fn take_small(&self, tables: &Tables) -> Result<bool, Error> {
         for (proto, of_ports) in tables.classes.iter().enumerate() {
             // The kernel reads as much as the map's values hold, however long this is.
             if of_ports.len() != 65536 {
@@ -307,48 +451,145 @@ impl Inner {
                     std::io::ErrorKind::InvalidInput.into(),
                 ));
             }
-            sys::map_update_slice(self.map(0), &(proto as u32), of_ports).map_err(write(0))?;
+            sys::map_update_slice(self.map(0), &(proto as u32), of_ports).map_err(filling(0))?;
         }
-        let (keys, values): (Vec<_>, Vec<_>) = tables.rules.iter().map(|(k, v)| (*k, *v)).unzip();
-        sys::map_fill(self.map(1), &keys, &values).map_err(write(1))?;
         let keys: Vec<u32> = (0..tables.timeline.len() as u32).collect();
-        sys::map_fill(self.map(2), &keys, &tables.timeline).map_err(write(2))?;
+        sys::map_fill(self.map(2), &keys, &tables.timeline).map_err(filling(2))?;
         let (keys, values): (Vec<_>, Vec<_>) = tables.locals.iter().map(|(k, v)| (k.0, *v)).unzip();
-        sys::map_fill(self.map(3), &keys, &values).map_err(write(3))?;
-        let (keys, values): (Vec<_>, Vec<_>) = tables.prefixes.iter().map(|(k, v)| (*k, v.0)).unzip();
-        sys::map_fill(self.map(4), &keys, &values).map_err(write(4))
+        sys::map_fill(self.map(3), &keys, &values).map_err(filling(3))?;
+        [0, 2, 3].into_iter().try_for_each(|i| self.freeze(i))?;
+        let classes = self.read_classes()?;
+        let timeline: Vec<(u32, RuleEntry)> = self.dump(2)?;
+        let locals: Vec<(u32, LocalEntry)> = self.dump(3)?;
+        Ok(classes == tables.classes
+            && timeline.iter().map(|(k, v)| (*k as usize, v)).eq(tables.timeline.iter().enumerate())
+            && locals.iter().map(|(k, v)| (Identity(*k), v)).eq(tables.locals.iter().map(|(k, v)| (*k, v))))
     }
 
-    fn freeze(&self) -> Result<(), Error> {
-        self.maps.iter().zip(OUTER).try_for_each(|(map, name)| {
-            sys::map_freeze(map.as_fd()).map_err(|e| Error::sys(format!("freeze the map {name}"), e))
-        })
+    fn take_rules(&self, tables: &Tables) -> Result<bool, Error> {
+        if !self.rules_ahead {
+            fill_rules(self.map(RULES), tables)?;
+        }
+        self.freeze(RULES)?;
+        let begun = std::time::Instant::now();
+        let held = self.dump_rules()?;
+        tracing::debug!(took = ?begun.elapsed(), "rules read back");
+        let sum = Sum::new();
+        let same =
+            held.len() == tables.rules.len() && sum.of(held.iter().map(|(k, v)| (k, v))) == sum.of(tables.rules.iter());
+        tracing::debug!(took = ?begun.elapsed(), "rules compared");
+        Ok(same)
+    }
+
+    fn take_prefixes(&self, tables: &Tables) -> Result<bool, Error> {
+        if self.prefixes_ahead {
+            return Ok(true);
+        }
+        let (keys, values): (Vec<_>, Vec<_>) = tables.prefixes.iter().map(|(k, v)| (*k, v.0)).unzip();
+        sys::map_fill(self.map(PREFIXES), &keys, &values).map_err(filling(PREFIXES))?;
+        self.freeze(PREFIXES)?;
+        let held: Vec<(PrefixKey, u32)> = self.dump(PREFIXES)?;
+        Ok(held.iter().map(|(k, v)| (*k, Identity(*v))).eq(tables.prefixes.iter().map(|(k, v)| (*k, *v))))
+    }
+
+    /// Makes these keys of `RULES` say what the tables say.
+    fn amend(&self, tables: &Tables, keys: &[RuleKey]) -> Result<(), Error> {
+        let (mut at, mut entries) = (Vec::new(), Vec::new());
+        for key in keys {
+            match tables.rules.get(key) {
+                Some(entry) => {
+                    at.push(*key);
+                    entries.push(*entry);
+                }
+                None => drop(sys::map_delete(self.map(RULES), key).map_err(filling(RULES))?),
+            }
+        }
+        sys::map_fill(self.map(RULES), &at, &entries).map_err(filling(RULES))
+    }
+
+    fn freeze(&self, index: usize) -> Result<(), Error> {
+        sys::map_freeze(self.map(index)).map_err(|e| Error::sys(format!("freeze the map {}", OUTER[index]), e))
+    }
+
+    /// In no order.
+    fn dump_rules(&self) -> Result<Vec<(RuleKey, RuleEntry)>, Error> {
+        let size = sys::map_info(self.map(RULES)).map(|i| i.max_entries as usize).unwrap_or(0);
+        sys::map_dump(self.map(RULES), size).map_err(reading(RULES))
+    }
+
+    /// In the order of the keys.
+    fn dump<K: aya::Pod + Ord, V: aya::Pod>(&self, index: usize) -> Result<Vec<(K, V)>, Error> {
+        let size = sys::map_info(self.map(index)).map(|i| i.max_entries as usize).unwrap_or(0);
+        let mut all: Vec<(K, V)> = sys::map_dump(self.map(index), size).map_err(reading(index))?;
+        all.sort_unstable_by_key(|e| e.0);
+        Ok(all)
+    }
+
+    fn read_classes(&self) -> Result<Vec<Vec<u16>>, Error> {
+        let mut classes = Vec::new();
+        for proto in 0..Proto::COUNT {
+            let mut bytes = vec![0u8; 65536 * 2];
+            let found = sys::map_lookup_into(self.map(0), &proto, &mut bytes).map_err(reading(0))?;
+            debug_assert!(found);
+            classes.push(bytes.chunks_exact(2).map(|c| u16::from_ne_bytes([c[0], c[1]])).collect());
+        }
+        Ok(classes)
     }
 
     fn read(&self) -> Result<Held, Error> {
-        let size = |index: usize| sys::map_info(self.map(index)).map(|i| i.max_entries as usize).unwrap_or(0);
-        let read = |index: usize| {
-            let what = format!("read back {}", OUTER[index]);
-            move |e| Error::sys(what, e)
+        Ok(Held {
+            classes: self.read_classes()?,
+            rules: self.dump(RULES)?,
+            timeline: self.dump(2)?,
+            locals: self.dump(3)?,
+            prefixes: self.dump(PREFIXES)?,
+        })
+    }
+}
+
+fn filling(index: usize) -> impl FnOnce(std::io::Error) -> Error {
+    move |e| Error::sys(format!("fill the map {}", OUTER[index]), e)
+}
+
+fn reading(index: usize) -> impl FnOnce(std::io::Error) -> Error {
+    move |e| Error::sys(format!("read back {}", OUTER[index]), e)
+}
+
+/// A sum over entries in any order, under keys that nobody knows before: two sets of the same size that differ have the same
+/// sum once in about 2^64. To sort a hundred thousand entries takes ten times as long.
+struct Sum([u64; 4]);
+
+impl Sum {
+    fn new() -> Self {
+        use std::hash::BuildHasher;
+        let state = std::hash::RandomState::new();
+        // Odd, so that no multiplication forgets what it was given.
+        Self([0u64, 1, 2, 3].map(|i| state.hash_one(i) | 1))
+    }
+
+    fn of<'e>(&self, entries: impl Iterator<Item = (&'e RuleKey, &'e RuleEntry)>) -> u128 {
+        entries.fold(0, |sum, (key, entry)| sum.wrapping_add(self.term(key, entry)))
+    }
+
+    fn term(&self, key: &RuleKey, entry: &RuleEntry) -> u128 {
+        let RuleKey { local, remote, class, proto, direction } = *key;
+        let RuleEntry { until, rule, pending_rule, next, action, reason, pending, flags } = *entry;
+        let pair = |high: u32, low: u32| u64::from(high) << 32 | u64::from(low);
+        let words = [
+            pair(local.0, remote.0),
+            pair(u32::from(class), u32::from_be_bytes([0, 0, proto, direction])),
+            until,
+            pair(rule, pending_rule),
+            pair(next, u32::from_be_bytes([action, reason, pending, flags])),
+        ];
+        let [a, b, c, d] = self.0;
+        let mix = |from: u64, by: u64| {
+            words.iter().fold(from, |state, word| {
+                let wide = u128::from(state ^ word) * u128::from(by);
+                (wide as u64) ^ ((wide >> 64) as u64)
+            })
         };
-        let mut held = Held {
-            rules: sys::map_dump(self.map(1), size(1)).map_err(read(1))?,
-            timeline: sys::map_dump(self.map(2), size(2)).map_err(read(2))?,
-            locals: sys::map_dump(self.map(3), size(3)).map_err(read(3))?,
-            prefixes: sys::map_dump(self.map(4), size(4)).map_err(read(4))?,
-            classes: Vec::new(),
-        };
-        held.rules.sort_unstable_by_key(|e| e.0);
-        held.timeline.sort_unstable_by_key(|e| e.0);
-        held.locals.sort_unstable_by_key(|e| e.0);
-        held.prefixes.sort_unstable_by_key(|e| e.0);
-        for proto in 0..Proto::COUNT {
-            let mut bytes = vec![0u8; 65536 * 2];
-            let found = sys::map_lookup_into(self.map(0), &proto, &mut bytes).map_err(read(0))?;
-            debug_assert!(found);
-            held.classes.push(bytes.chunks_exact(2).map(|c| u16::from_ne_bytes([c[0], c[1]])).collect());
-        }
-        Ok(held)
+        u128::from(mix(a, b)) << 64 | u128::from(mix(c, d))
     }
 }
 
@@ -362,16 +603,6 @@ struct Held {
 }
 
 impl Held {
-    /// Exactly what these tables say, no more and no less?
-    fn holds(&self, tables: &Tables) -> bool {
-        let Self { classes, rules, timeline, locals, prefixes } = self;
-        *classes == tables.classes
-            && rules.iter().map(|(k, v)| (k, v)).eq(tables.rules.iter())
-            && timeline.iter().map(|(k, v)| (*k as usize, v)).eq(tables.timeline.iter().enumerate())
-            && locals.iter().map(|(k, v)| (Identity(*k), v)).eq(tables.locals.iter().map(|(k, v)| (*k, v)))
-            && prefixes.iter().map(|(k, v)| (*k, Identity(*v))).eq(tables.prefixes.iter().map(|(k, v)| (*k, *v)))
-    }
-
     /// Without the names, which the kernel never sees.
     fn tables(self) -> Tables {
         let Self { classes, rules, timeline, locals, prefixes } = self;

@@ -171,12 +171,13 @@ fn dump_batch<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, expected: usize) ->
     // A hash bucket is never split, so the room must hold the fullest one too.
     let mut room = expected.clamp(64, BATCH) + 64;
     let mut all = Vec::with_capacity(expected.min(BATCH));
+    let room_for =
+        |room: usize| (vec![0u8; room * size_of::<K>()], vec![0u8; room * size_of::<V>().next_multiple_of(8)]);
+    let (mut keys, mut values) = room_for(room);
     // The cursor is a bucket number for hashes and a key for tries.
     let mut cursor = vec![0u8; size_of::<K>().max(8)];
     let mut first = true;
     loop {
-        let mut keys = vec![0u8; room * size_of::<K>()];
-        let mut values = vec![0u8; room * size_of::<V>().next_multiple_of(8)];
         let mut next = cursor.clone();
         let mut attr = Attr::new()
             .u64(0, if first { 0 } else { cursor.as_ptr() as u64 })
@@ -191,6 +192,7 @@ fn dump_batch<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, expected: usize) ->
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => true,
             Err(e) if e.raw_os_error() == Some(libc::ENOSPC) => {
                 room *= 2;
+                (keys, values) = room_for(room);
                 continue;
             }
             Err(e) => return Err(e),

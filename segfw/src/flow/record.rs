@@ -395,8 +395,13 @@ impl Names {
                 let _ = self.identities.insert(identity.0, who(name, segments));
             }
         }
+        self.learn_rules(rules.iter().map(|(number, name)| (*number, name)));
+    }
+
+    /// Takes over what rule numbers mean.
+    pub fn learn_rules<'n>(&mut self, rules: impl Iterator<Item = (u32, &'n RuleName)>) {
         for (number, name) in rules {
-            self.rules.learn(*number, name);
+            self.rules.learn(number, name);
         }
     }
 

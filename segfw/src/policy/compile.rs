@@ -106,6 +106,17 @@ pub fn compile(
     numbers: &mut Numbers,
     clock: Clock,
 ) -> Result<Tables, Vec<CompileProblem>> {
+    compile_whole(policy, local, remote, numbers, clock).map(|(tables, _)| tables)
+}
+
+/// [`compile`], and what [`amend`] needs of it.
+pub fn compile_whole(
+    policy: &HostPolicy,
+    local: &[Labels],
+    remote: &[Labels],
+    numbers: &mut Numbers,
+    clock: Clock,
+) -> Result<(Tables, PortLists), Vec<CompileProblem>> {
     let mut tables = Tables::default();
     let prefixes = named_prefixes(policy);
     tables.prefixes = prefix_table(&prefixes, numbers);
@@ -123,9 +134,11 @@ pub fn compile(
     let specs = Specs::new(policy, &nodes);
     let groups = Groups::new(&specs, nodes.all.len());
     let program = Program::new(policy, &specs, &groups, &nodes, numbers, clock);
-    let (classes, ports) = program.port_classes()?;
+    let (classes, ports) = port_classes(&program.port_lists)?;
     tables.classes = classes;
-    Emitter { policy, nodes: &nodes, groups: &groups, program: &program, ports: &ports, clock, here: &here }.run(tables)
+    let emitter =
+        Emitter { policy, nodes: &nodes, groups: &groups, program: &program, ports: &ports, clock, here: &here };
+    Ok((emitter.run(tables)?, program.count_lists()))
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -715,88 +728,115 @@ impl<'a> Program<'a> {
         self.rules.get(index as usize).and_then(Option::as_ref)
     }
 
-    /// The class tables, and each port list in classes.
-    fn port_classes(&self) -> Result<(ClassTables, Vec<Ports>), Vec<CompileProblem>> {
-        let mut ports: Vec<Ports> = Vec::with_capacity(self.port_lists.len());
-        // By protocol: the edges of every list, as (first port, the list's sign).
-        let mut edges: Vec<Vec<(u32, u128)>> = vec![Vec::new(); Proto::COUNT as usize];
-        let mut ranges: Vec<Vec<(u8, u32, u32)>> = Vec::with_capacity(self.port_lists.len());
-        for (i, list) in self.port_lists.iter().enumerate() {
-            let (mut whole, mut parts) = (if list.is_empty() { u8::MAX } else { 0 }, Vec::new());
-            let mut named = 0u8;
-            for proto in Proto::ALL {
-                let merged = merge_ranges(list.iter().filter(|p| p.proto == proto));
-                if !merged.is_empty() {
-                    named |= 1 << proto as u8;
-                }
-                if merged == [(0, 1 << 16)] {
-                    whole |= 1 << proto as u8;
-                    continue;
-                }
-                for (first, past) in merged {
-                    let sign = sign(i as u64);
-                    edges[proto as usize].extend([(first, sign), (past, sign)]);
-                    parts.push((proto as u8, first, past));
-                }
-            }
-            ports.push(Ports { whole, named, classes: Vec::new() });
-            ranges.push(parts);
+    /// Every port list, and how many rules have it.
+    fn count_lists(&self) -> PortLists {
+        let mut count = vec![0; self.port_lists.len()];
+        for rule in self.rules.iter().flatten() {
+            count[rule.ports as usize] += 1;
         }
-        let mut tables = Vec::new();
-        // By protocol: the stretches of ports between two edges, as (first port, class).
-        let mut stretches: Vec<Vec<(u32, u16)>> = Vec::new();
-        let mut problems = Vec::new();
-        for (proto, mut edges) in Proto::ALL.into_iter().zip(edges) {
-            edges.sort_unstable();
-            let mut table = vec![0u16; 1 << 16];
-            let mut of_proto = Vec::new();
-            // A stretch is known by the exclusive or of the 128-bit signs of the lists that name it: equal sets have
-            // equal sums, and two of at most 2^16 sums meet by chance once in 2^96 policies.
-            let mut known: HashMap<u128, usize> = HashMap::from([(0, 0)]);
-            let mut sum = 0u128;
-            for run in edges.chunk_by(|a, b| a.0 == b.0) {
-                let Some((first, _)) = run.first().copied() else { continue };
-                for (_, sign) in run {
-                    sum ^= sign;
-                }
-                let fresh = known.len();
-                let class = *known.entry(sum).or_insert(fresh);
-                of_proto.push((first, class.min(MAX_CLASSES) as u16));
-            }
-            let classes = known.len() - 1;
-            if classes > MAX_CLASSES {
-                problems.push(CompileProblem::TooManyClasses { proto, classes, limit: MAX_CLASSES });
-            }
-            for (i, (first, class)) in of_proto.iter().enumerate() {
-                let past = of_proto.get(i + 1).map_or(1 << 16, |next| next.0) as usize;
-                if let Some(stretch) = table.get_mut(*first as usize..past) {
-                    stretch.fill(*class);
-                }
-            }
-            tables.push(table);
-            stretches.push(of_proto);
-        }
-        if !problems.is_empty() {
-            return Err(problems);
-        }
-        for (ports, ranges) in ports.iter_mut().zip(ranges) {
-            for (proto, first, past) in ranges {
-                let stretches = &stretches[proto as usize];
-                let from = stretches.partition_point(|s| s.0 < first);
-                let inside = stretches.iter().skip(from).take_while(|s| s.0 < past);
-                ports.classes.extend(inside.map(|s| (proto, s.1)));
-            }
-            ports.classes.sort_unstable();
-            ports.classes.dedup();
-        }
-        Ok((tables, ports))
+        PortLists(self.port_lists.iter().map(|list| list.to_vec()).zip(count).collect())
     }
+}
+
+/// The class tables, and each port list in classes. A class is numbered by its lowest port, so that the number of one does
+/// not depend on what other rules name; see [`class_numbers`].
+fn port_classes(lists: &[&[PortSpec]]) -> Result<(ClassTables, Vec<Ports>), Vec<CompileProblem>> {
+    let mut ports: Vec<Ports> = Vec::with_capacity(lists.len());
+    // By protocol: the edges of every list, as (first port, the list's sign).
+    let mut edges: Vec<Vec<(u32, u128)>> = vec![Vec::new(); Proto::COUNT as usize];
+    let mut ranges: Vec<Vec<(u8, u32, u32)>> = Vec::with_capacity(lists.len());
+    for (i, list) in lists.iter().enumerate() {
+        let (mut whole, mut parts) = (if list.is_empty() { u8::MAX } else { 0 }, Vec::new());
+        let mut named = 0u8;
+        for proto in Proto::ALL {
+            let merged = merge_ranges(list.iter().filter(|p| p.proto == proto));
+            if !merged.is_empty() {
+                named |= 1 << proto as u8;
+            }
+            if merged == [(0, 1 << 16)] {
+                whole |= 1 << proto as u8;
+                continue;
+            }
+            for (first, past) in merged {
+                let sign = sign(i as u64);
+                edges[proto as usize].extend([(first, sign), (past, sign)]);
+                parts.push((proto as u8, first, past));
+            }
+        }
+        ports.push(Ports { whole, named, classes: Vec::new() });
+        ranges.push(parts);
+    }
+    let mut tables = Vec::new();
+    // By protocol: the stretches of ports between two edges, as (first port, class).
+    let mut stretches: Vec<Vec<(u32, u16)>> = Vec::new();
+    let mut problems = Vec::new();
+    for (proto, mut edges) in Proto::ALL.into_iter().zip(edges) {
+        edges.sort_unstable();
+        let mut table = vec![0u16; 1 << 16];
+        let mut of_proto = Vec::new();
+        // A stretch is known by the exclusive or of the 128-bit signs of the lists that name it: equal sets have
+        // equal sums, and two of at most 2^16 sums meet by chance once in 2^96 policies.
+        let mut known: HashMap<u128, usize> = HashMap::from([(0, 0)]);
+        // By class, 0 left out: its lowest port.
+        let mut lowest: Vec<u32> = Vec::new();
+        let mut sum = 0u128;
+        for run in edges.chunk_by(|a, b| a.0 == b.0) {
+            let Some((first, _)) = run.first().copied() else { continue };
+            for (_, sign) in run {
+                sum ^= sign;
+            }
+            let fresh = known.len();
+            let class = *known.entry(sum).or_insert(fresh);
+            if class > lowest.len() {
+                lowest.push(first);
+            }
+            of_proto.push((first, class));
+        }
+        if lowest.len() > MAX_CLASSES {
+            problems.push(CompileProblem::TooManyClasses { proto, classes: lowest.len(), limit: MAX_CLASSES });
+            continue;
+        }
+        let numbers = class_numbers(&lowest);
+        let number = |class: usize| class.checked_sub(1).and_then(|i| numbers.get(i)).copied().unwrap_or(0);
+        let of_proto: Vec<(u32, u16)> = of_proto.into_iter().map(|(first, class)| (first, number(class))).collect();
+        for (i, (first, class)) in of_proto.iter().enumerate() {
+            let past = of_proto.get(i + 1).map_or(1 << 16, |next| next.0) as usize;
+            if let Some(stretch) = table.get_mut(*first as usize..past) {
+                stretch.fill(*class);
+            }
+        }
+        tables.push(table);
+        stretches.push(of_proto);
+    }
+    if !problems.is_empty() {
+        return Err(problems);
+    }
+    for (ports, ranges) in ports.iter_mut().zip(ranges) {
+        for (proto, first, past) in ranges {
+            let stretches = &stretches[proto as usize];
+            let from = stretches.partition_point(|s| s.0 < first);
+            let inside = stretches.iter().skip(from).take_while(|s| s.0 < past);
+            ports.classes.extend(inside.map(|s| (proto, s.1)));
+        }
+        ports.classes.sort_unstable();
+        ports.classes.dedup();
+    }
+    Ok((tables, ports))
+}
+
+/// A class has the number of its lowest port. 0 and [`CLASS_ANY`] have meanings of their own: a class that begins at one of
+/// these two ports has the highest number that no other class has. `lowest` ascends and has at most [`MAX_CLASSES`].
+fn class_numbers(lowest: &[u32]) -> Vec<u16> {
+    let ordinary = |port: u32| port != 0 && port != u32::from(CLASS_ANY);
+    let mut free = (1..CLASS_ANY).rev().filter(|n| lowest.binary_search(&u32::from(*n)).is_err());
+    lowest.iter().map(|port| if ordinary(*port) { *port as u16 } else { free.next().unwrap_or(1) }).collect()
 }
 
 /// By protocol: 65,536 classes each.
 type ClassTables = Vec<Vec<u16>>;
 
 /// A port list in classes.
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Ports {
     /// Bit per protocol: every port of it.
     whole: u8,
@@ -1460,6 +1500,8 @@ fn judge(rules: &[&Prepared], when: When, direction: Direction, fallback: Outcom
     }
 }
 
+pub mod amend;
+pub use amend::{Amendment, PortLists, amend};
 #[doc(hidden)]
 pub mod random;
 #[doc(hidden)]

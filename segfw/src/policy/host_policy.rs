@@ -130,7 +130,7 @@ pub struct Rule {
 }
 
 /// Who can stand at an end of a rule.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PeerSpec {
     /// Index into `HostPolicy::segments`.
     Segment(usize),
@@ -203,7 +203,7 @@ pub struct PortSpec {
 }
 
 /// Weekly windows in a time zone; `windows` is never empty and each window is within one day.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Schedule {
     /// As written.
     pub text: String,

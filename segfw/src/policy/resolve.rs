@@ -121,7 +121,8 @@ pub fn read_again(
     judged(docs, problems, inventory, host, now)
 }
 
-fn judged<D: Borrow<Document>>(
+/// The second half of [`read_again`]: documents that were read to a policy.
+pub fn judged<D: Borrow<Document>>(
     docs: Vec<D>,
     mut problems: Vec<Problem>,
     inventory: impl FnOnce(&[D]) -> Inventory,
@@ -136,7 +137,8 @@ fn judged<D: Borrow<Document>>(
     (docs, policy, Problems::new(problems))
 }
 
-fn precedence(r: &Rule) -> (Tier, u16, u8, &str, u32) {
+/// Rules are asked in this order.
+pub(super) fn precedence(r: &Rule) -> (Tier, u16, u8, &str, u32) {
     (r.tier, r.priority, r.action.rank(), &r.policy, r.index)
 }
 
@@ -169,6 +171,55 @@ fn segment(doc: &SegmentDoc) -> Segment {
         tcp_only: *tcp_only,
         at: meta.at.clone(),
     }
+}
+
+/// What a change of documents does to a resolved policy: the rules, in full, of each policy whose document is another one
+/// (none = it is gone). `None` = more than rules changed, or the whole must be resolved to say what is wrong with it.
+pub fn changed_rules(
+    policy: &HostPolicy,
+    before: &[Arc<Document>],
+    now: &[Arc<Document>],
+) -> Option<BTreeMap<String, Vec<Rule>>> {
+    let (old, new): (HashSet<_>, HashSet<_>) =
+        (before.iter().map(Arc::as_ptr).collect(), now.iter().map(Arc::as_ptr).collect());
+    let of_policy = |doc: &'_ Arc<Document>| match &**doc {
+        Document::Policy(doc) => Some(doc.meta.name.clone()),
+        Document::Workload(_) | Document::Segment(_) | Document::Test(_) => None,
+    };
+    // Tests ask the whole policy.
+    if now.iter().any(|doc| matches!(**doc, Document::Test(_))) {
+        return None;
+    }
+    let mut changed = BTreeMap::new();
+    for doc in before.iter().filter(|doc| !new.contains(&Arc::as_ptr(doc))) {
+        let _ = changed.insert(of_policy(doc)?, Vec::new());
+    }
+    let added: Vec<_> = now.iter().filter(|doc| !old.contains(&Arc::as_ptr(doc))).collect();
+    let mut work = Resolver {
+        index: policy.segments.iter().enumerate().map(|(i, s)| (s.name.as_str(), i)).collect(),
+        mentioned: HashSet::new(),
+        near: HashMap::new(),
+        budget: 0,
+        problems: Told::default(),
+    };
+    for doc in added {
+        let Document::Policy(doc) = &**doc else { return None };
+        let rules = doc.rules.iter().map(|rule| {
+            // What the kernel answers by itself is judged with the segments at hand.
+            let icmp = rule.ports.iter().any(|p| matches!(p.value.proto, Proto::Icmp | Proto::Icmpv6));
+            if icmp { None } else { work.rule(doc, rule) }
+        });
+        let rules = rules.collect::<Option<Vec<_>>>()?;
+        let _ = changed.insert(doc.meta.name.clone(), rules);
+    }
+    Some(changed)
+}
+
+/// Puts the rules of these policies in the place of those that they had.
+pub fn replace_rules(policy: &mut HostPolicy, changed: BTreeMap<String, Vec<Rule>>) {
+    policy.rules.retain(|rule| !changed.contains_key(&rule.policy));
+    policy.rules.extend(changed.into_values().flatten());
+    policy.rules.sort_by(|a, b| precedence(a).cmp(&precedence(b)));
 }
 
 struct Resolver<'d> {

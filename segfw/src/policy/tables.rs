@@ -93,6 +93,10 @@ impl Numbers {
     pub fn labels(&mut self, labels: &Labels) -> Identity {
         self.identity(&canonical(labels))
     }
+    /// The number of a rule that has one.
+    pub fn known_rule(&self, policy: &str, rule: &str) -> Option<u32> {
+        self.rules.get(&format!("{policy}/{rule}")).copied()
+    }
     pub fn rule(&mut self, policy: &str, rule: &str) -> u32 {
         number(&mut self.rules, &format!("{policy}/{rule}"), 1 + self.base)
     }
@@ -116,7 +120,7 @@ pub fn canonical(labels: &Labels) -> String {
 impl Tables {
     /// A digest of everything the kernel gets, and of nothing else: what is read back from the maps gives the same.
     pub fn digest(&self) -> [u8; 32] {
-        let mut digest = Digest { sha: Sha256::new(), buffer: Vec::with_capacity(Digest::CHUNK + 64) };
+        let mut digest = Digest::new();
         digest.section(b"rules", self.rules.len());
         for (key, entry) in &self.rules {
             digest.key(key);
@@ -135,16 +139,18 @@ impl Tables {
             digest.put(&grants.to_le_bytes());
             digest.put(&[default[0], default[1], *default_reason]);
         }
-        digest.section(b"prefixes", self.prefixes.len());
-        for (PrefixKey { bits, addr }, identity) in &self.prefixes {
-            digest.put(&bits.to_le_bytes());
-            digest.put(&addr.octets());
-            digest.put(&identity.0.to_le_bytes());
-        }
+        digest.prefixes(&self.prefixes);
         digest.section(b"classes", self.classes.len());
         for class in self.classes.iter().flatten() {
             digest.put(&class.to_le_bytes());
         }
+        digest.finish()
+    }
+
+    /// A digest of the prefixes alone.
+    pub fn prefixes_digest(&self) -> [u8; 32] {
+        let mut digest = Digest::new();
+        digest.prefixes(&self.prefixes);
         digest.finish()
     }
 
@@ -187,6 +193,19 @@ struct Digest {
 
 impl Digest {
     const CHUNK: usize = 1 << 14;
+
+    fn new() -> Self {
+        Self { sha: Sha256::new(), buffer: Vec::with_capacity(Self::CHUNK + 64) }
+    }
+
+    fn prefixes(&mut self, prefixes: &BTreeMap<PrefixKey, Identity>) {
+        self.section(b"prefixes", prefixes.len());
+        for (PrefixKey { bits, addr }, identity) in prefixes {
+            self.put(&bits.to_le_bytes());
+            self.put(&addr.octets());
+            self.put(&identity.0.to_le_bytes());
+        }
+    }
 
     fn put(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);

@@ -168,7 +168,7 @@ fn selector(rng: &mut Rng) -> Selector {
     Selector((0..1 + rng.below(2)).map(|_| requirement(rng)).collect())
 }
 
-fn random_rule(rng: &mut Rng, policy: &HostPolicy, index: u32) -> Rule {
+pub fn random_rule(rng: &mut Rng, policy: &HostPolicy, index: u32) -> Rule {
     let peers = |rng: &mut Rng| {
         (0..1 + rng.below(2))
             .map(|_| match rng.below(9) {
