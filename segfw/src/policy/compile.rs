@@ -46,7 +46,8 @@ use segfw_common::rule::{CLASS_ANY, PrefixKey};
 use segfw_common::{
     Action, Addr, Direction, Evidence, Identity, LocalEntry, Proto, Reason, RuleEntry, RuleKey, bounds,
 };
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use foldhash::{HashMap, HashMapExt as _};
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -776,7 +777,7 @@ fn port_classes(lists: &[&[PortSpec]]) -> Result<(ClassTables, Vec<Ports>), Vec<
         let mut of_proto = Vec::new();
         // A stretch is known by the exclusive or of the 128-bit signs of the lists that name it: equal sets have
         // equal sums, and two of at most 2^16 sums meet by chance once in 2^96 policies.
-        let mut known: HashMap<u128, usize> = HashMap::from([(0, 0)]);
+        let mut known: HashMap<u128, usize> = HashMap::from_iter([(0, 0)]);
         // By class, 0 left out: its lowest port.
         let mut lowest: Vec<u32> = Vec::new();
         let mut sum = 0u128;

@@ -16,7 +16,7 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use segfw_common::{Evidence, LocalEntry};
 use sha2::{Digest, Sha256};
-use std::collections::HashMap;
+use foldhash::{HashMap, HashMapExt as _};
 use std::net::IpAddr;
 use std::sync::Arc;
 

@@ -13,7 +13,8 @@ use jiff::Timestamp;
 use segfw_common::{Evidence, Proto};
 use sha2::{Digest, Sha256};
 use std::borrow::Borrow;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use foldhash::{HashMap, HashMapExt as _, HashSet, HashSetExt as _};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Comparisons spent on each kind of advice (near misses, shadowed rules). Advice is worth about a second, even where

@@ -7,7 +7,7 @@
 //! with an end) is left to a compilation from nothing: then the answer is `None`, which is never wrong, only slow.
 
 use super::*;
-use std::collections::HashSet;
+use foldhash::{HashSet, HashSetExt as _};
 
 /// More pairs than this are compiled from nothing.
 const PAIRS: usize = 4_096;
