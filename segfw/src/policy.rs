@@ -31,7 +31,7 @@ pub use host_policy::HostPolicy;
 pub use inventory::{Inventory, Known};
 pub use load::read_dir_recursive;
 pub use problem::{Problem, Problems, Severity};
-pub use resolve::{HostSettings, digest, read, read_again, resolve};
+pub use resolve::{HostSettings, digest, read, resolve};
 pub use tables::{Tables, TablesView};
 pub use workload::{CgroupFacts, UnitFacts, UserFacts, conflicts, labels_for, managed_parents};
 

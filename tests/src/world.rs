@@ -230,12 +230,17 @@ pub fn cgroup2_mount() -> Result<PathBuf> {
     anyhow::bail!("no cgroup2 mount in /proc/self/mountinfo")
 }
 
+/// Takes the calling thread into a network namespace.
+pub fn enter_netns(name: &str) -> std::io::Result<()> {
+    let ns = fs::File::open(Path::new(NETNS).join(name))?;
+    Ok(nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWNET)?)
+}
+
 /// Runs `work` on a thread of its own inside a network namespace; the caller stays where it is.
 pub fn in_netns<T: Send>(name: &str, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    let ns = fs::File::open(Path::new(NETNS).join(name)).with_context(|| format!("opening netns {name}"))?;
     std::thread::scope(|scope| {
         let inside = scope.spawn(|| {
-            nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWNET).context("setns")?;
+            enter_netns(name).with_context(|| format!("entering netns {name}"))?;
             work()
         });
         inside.join().unwrap_or_else(|_| anyhow::bail!("the work in netns {name} panicked"))

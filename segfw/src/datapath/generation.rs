@@ -233,33 +233,25 @@ impl Datapath {
     /// Returns when no program judges by an older slot any more; then those are empty, and maps for the next revision wait
     /// in the one after. Costs two grace periods if there is something to do.
     pub fn settle(&self) -> Result<(), Error> {
-        let mut next = self.next();
-        let active = self.active()?;
-        if active.generation == 0 {
-            return Ok(());
-        }
-        let slot = (active.slot + 1) % bounds::SLOTS;
-        if next.unsettled || next.waiting.as_ref().is_none_or(|inner| inner.slot != slot) {
-            let room = next.needed.ahead();
-            self.settle_now(&mut next, Some((slot, room, None)))?;
-        }
-        Ok(())
+        self.settle_as(None)
     }
 
-    /// [`Self::settle`], and the maps that wait hold already what these tables, which are in force, say.
+    /// [`Self::settle`]; where these tables, which are in force, are large, the maps that wait hold already what they say.
     pub fn settle_on(&self, tables: &Tables) -> Result<(), Error> {
-        if tables.rules.len() < AHEAD {
-            return self.settle();
-        }
+        self.settle_as(Some(tables).filter(|t| t.rules.len() >= AHEAD))
+    }
+
+    fn settle_as(&self, held: Option<&Tables>) -> Result<(), Error> {
         let mut next = self.next();
         let active = self.active()?;
         if active.generation == 0 {
             return Ok(());
         }
         let slot = (active.slot + 1) % bounds::SLOTS;
-        if next.unsettled || next.waiting.as_ref().is_none_or(|inner| inner.slot != slot || !inner.rules_ahead) {
-            let room = Room::of(tables).ahead();
-            self.settle_now(&mut next, Some((slot, room, Some(tables))))?;
+        let is_ready = |inner: &Inner| inner.slot == slot && (held.is_none() || inner.rules_ahead);
+        if next.unsettled || !next.waiting.as_ref().is_some_and(is_ready) {
+            let room = held.map_or(next.needed, Room::of).ahead();
+            self.settle_now(&mut next, Some((slot, room, held)))?;
         }
         Ok(())
     }

@@ -40,13 +40,13 @@ use super::host_policy::{
 use super::host_policy::{Schedule, Selector, Tier};
 use super::tables::{IdentityName, Numbers, RuleName, Tables};
 use super::window;
+use foldhash::{HashMap, HashMapExt as _};
 use ipnet::{IpNet, Ipv4Net};
 use jiff::Timestamp;
 use segfw_common::rule::{CLASS_ANY, PrefixKey};
 use segfw_common::{
     Action, Addr, Direction, Evidence, Identity, LocalEntry, Proto, Reason, RuleEntry, RuleKey, bounds,
 };
-use foldhash::{HashMap, HashMapExt as _};
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr};
@@ -1055,14 +1055,7 @@ impl Emitter<'_> {
         let named = self.policy.rules.iter().zip(&self.program.rules).filter_map(|(r, p)| Some((r, p.as_ref()?)));
         for (rule, prepared) in named {
             let entries = out.cost.get(&prepared.number).copied().unwrap_or(0) as usize;
-            let name = RuleName {
-                policy: rule.policy.clone(),
-                rule: rule.name.clone(),
-                tier: rule.tier,
-                at: rule.at.clone(),
-                entries,
-            };
-            let _ = tables.rule_names.entry(prepared.number).or_insert(name);
+            let _ = tables.rule_names.entry(prepared.number).or_insert_with(|| RuleName::of(rule, entries));
         }
         out.rules.sort_unstable_by_key(|r| r.0);
         tables.rules = out.rules.into_iter().collect();

@@ -12,11 +12,11 @@ use super::selector::{LABEL_CHARS, check_key, check_value, is_word};
 use super::workload::Glob;
 use super::yaml::{self, Node, Text, Value};
 use super::{ports, schedule, selector};
+use foldhash::{HashMap, HashMapExt as _};
 use ipnet::IpNet;
 use jiff::Timestamp;
 use segfw_common::{Evidence, LocalEntry};
 use sha2::{Digest, Sha256};
-use foldhash::{HashMap, HashMapExt as _};
 use std::net::IpAddr;
 use std::sync::Arc;
 

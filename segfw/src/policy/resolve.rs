@@ -1,19 +1,19 @@
 //! Documents to [`HostPolicy`]: names looked up, defaults settled, rules in order of precedence; and the warnings that
 //! need all documents at once.
 
-use super::document::{At, Cache, CaseDoc, Document, PeerDoc, PolicyDoc, RuleDoc, SegmentDoc, TestDoc, WorkloadDoc};
+use super::document::{At, CaseDoc, Document, PeerDoc, PolicyDoc, RuleDoc, SegmentDoc, TestDoc, WorkloadDoc};
 use super::host_policy::{
     HostPolicy, Labels, Members, PeerSpec, PortSpec, Position, Requirement, Rule, RuleAction, Segment, Selector, Tier,
 };
 use super::inventory::Inventory;
 use super::problem::{Problem, Problems, Severity, nearest, quote};
 use super::selector;
+use foldhash::{HashMap, HashMapExt as _, HashSet, HashSetExt as _};
 use ipnet::IpNet;
 use jiff::Timestamp;
 use segfw_common::{Evidence, Proto};
 use sha2::{Digest, Sha256};
 use std::borrow::Borrow;
-use foldhash::{HashMap, HashMapExt as _, HashSet, HashSetExt as _};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -110,19 +110,7 @@ pub fn read(
     judged(docs, problems, inventory, host, now)
 }
 
-/// As [`read`], and reads only the files that are not as they were in `cache`.
-pub fn read_again(
-    files: &[(String, String)],
-    cache: &mut Cache,
-    inventory: impl FnOnce(&[Arc<Document>]) -> Inventory,
-    host: &HostSettings,
-    now: Timestamp,
-) -> (Vec<Arc<Document>>, HostPolicy, Problems) {
-    let (docs, problems) = super::document::parse_again(files, cache);
-    judged(docs, problems, inventory, host, now)
-}
-
-/// The second half of [`read_again`]: documents that were read to a policy.
+/// The second half of [`read`]: documents that were read to a policy.
 pub fn judged<D: Borrow<Document>>(
     docs: Vec<D>,
     mut problems: Vec<Problem>,

@@ -1,6 +1,6 @@
 //! The compiled policy: sorted, plain, counted. `datapath` writes it into maps; `decide` can also read it here.
 
-use super::host_policy::{Labels, Position};
+use super::host_policy::{Labels, Position, Rule};
 use ipnet::IpNet;
 use segfw_common::rule::PrefixKey;
 use segfw_common::{Addr, Identity, LocalEntry, Lookup, Proto, RuleEntry, RuleKey};
@@ -42,6 +42,13 @@ pub struct RuleName {
     pub at: Position,
     /// Entries of `rules` that name this rule: what it costs.
     pub entries: usize,
+}
+
+impl RuleName {
+    /// Of a rule that so many entries name.
+    pub fn of(rule: &Rule, entries: usize) -> Self {
+        Self { policy: rule.policy.clone(), rule: rule.name.clone(), tier: rule.tier, at: rule.at.clone(), entries }
+    }
 }
 
 /// Numbers for identities and rules. Once given, a number keeps its meaning as long as the pinned maps live, since

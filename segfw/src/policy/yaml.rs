@@ -6,8 +6,8 @@
 
 use super::host_policy::Position;
 use super::problem::{Fault, PROBLEMS_PER_FILE, Problem, quote};
-use serde_saphyr::granit_parser::{self, Event, Parser, ScalarStyle, Span};
 use foldhash::{HashMap, HashMapExt as _};
+use serde_saphyr::granit_parser::{self, Event, Parser, ScalarStyle, Span};
 use std::sync::Arc;
 
 /// Bytes of one file. The largest policies people report are some megabytes.

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use io_uring::{IoUring, opcode, types};
 use libc::{c_int, c_void, socklen_t};
 use segfw_tests::proto::{Cmd, Reply, Tally};
+use segfw_tests::world::enter_netns;
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::io::{BufRead, Write};
@@ -18,12 +19,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Goes into a namespace of `/run/netns`.
-fn enter(netns: &str) -> std::io::Result<()> {
-    let ns = std::fs::File::open(format!("/run/netns/{netns}"))?;
-    Ok(nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWNET)?)
-}
-
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
@@ -31,7 +26,7 @@ fn main() -> Result<()> {
         match arg.as_str() {
             "--cgroup" => std::fs::write(format!("{value}/cgroup.procs"), std::process::id().to_string())
                 .with_context(|| format!("entering {value}"))?,
-            "--netns" => enter(&value).with_context(|| format!("netns {value}"))?,
+            "--netns" => enter_netns(&value).with_context(|| format!("netns {value}"))?,
             "--comm" => {
                 let name = CString::new(value)?;
                 nix::sys::prctl::set_name(&name)?;
@@ -379,7 +374,9 @@ impl Actor {
                 nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).map_err(|e| e as c_int)?;
                 loopback_up().map(|()| done)
             }
-            Cmd::Enter { netns } => enter(&netns).map(|()| done).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO)),
+            Cmd::Enter { netns } => {
+                enter_netns(&netns).map(|()| done).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))
+            }
             Cmd::UnshareUser => {
                 use nix::sched::CloneFlags;
                 nix::sched::unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET).map_err(|e| e as c_int)?;

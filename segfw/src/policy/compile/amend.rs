@@ -275,16 +275,9 @@ pub fn amend(
 
     // What the numbers mean, and what each rule costs.
     for (rule, prepared) in part.rules.iter().zip(&program.rules).filter_map(|(r, p)| Some((r, p.as_ref()?))) {
-        let entries = tables.rule_names.get(&prepared.number).map_or(0, |name| name.entries);
         if changed.contains_key(&rule.policy) {
-            let name = RuleName {
-                policy: rule.policy.clone(),
-                rule: rule.name.clone(),
-                tier: rule.tier,
-                at: rule.at.clone(),
-                entries,
-            };
-            let _ = names.insert(prepared.number, Some(name));
+            let entries = tables.rule_names.get(&prepared.number).map_or(0, |name| name.entries);
+            let _ = names.insert(prepared.number, Some(RuleName::of(rule, entries)));
         }
     }
     for (number, change) in cost {
