@@ -29,7 +29,7 @@ pub use state::{
 
 /// Number of this layout. It is part of the pin path: an agent never opens maps of another layout.
 /// Raise it with every change to a type in this crate that a map holds.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Bounds of the kernel side. Reaching one is counted (see [`event::Counter`]) and has the behaviour named here.
 pub mod bounds {
@@ -68,6 +68,9 @@ pub mod bounds {
     pub const TIMELINE_HOPS: u32 = 16;
     /// Slots for generations: the active one, the next one, and room for one that is being read.
     pub const SLOTS: u32 = 4;
+    /// Maps among which the rules of a generation are divided, by [`crate::RuleKey::shard`]: what a change of one rule makes
+    /// anew is one of them. A power of two.
+    pub const RULE_SHARDS: u32 = 16;
     /// Rules that have counters of their own. Full: counted under rule 0.
     pub const RULE_COUNTERS: u32 = 1 << 17;
     /// Different denials that are counted while single events are held back.

@@ -1,6 +1,6 @@
 //! What the compiler writes and the kernel looks up: a total function with no precedence left.
 
-use crate::{Evidence, Identity};
+use crate::{Evidence, Identity, bounds};
 
 /// Which end this host is judging for.
 #[repr(u8)]
@@ -183,6 +183,19 @@ pub struct RuleKey {
     pub direction: u8,
 }
 
+impl RuleKey {
+    /// Which of the [`bounds::RULE_SHARDS`] maps holds this key.
+    #[inline(always)]
+    pub const fn shard(&self) -> u32 {
+        // The high bits of products with odd numbers depend on all bits below (Knuth, TAOCP 6.4): numbers that are given in
+        // turn, as identities are, spread evenly.
+        let mixed = self.local.0.wrapping_mul(0x9e37_79b1)
+            ^ self.remote.0.wrapping_mul(0x85eb_ca77)
+            ^ (self.class as u32).wrapping_mul(0xc2b2_ae3d);
+        mixed >> (32 - bounds::RULE_SHARDS.trailing_zeros())
+    }
+}
+
 /// The answer to a [`RuleKey`].
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -314,6 +327,31 @@ mod tests {
         assert_eq!(Proto::from_ip(ipproto::MPTCP), Proto::Tcp);
         for (i, proto) in Proto::ALL.iter().enumerate() {
             assert_eq!(*proto as usize, i);
+        }
+    }
+
+    #[test]
+    fn keys_spread_over_the_shards() {
+        let key = |local: u32, remote: u32, class: u16| RuleKey {
+            local: Identity(local),
+            remote: Identity(remote),
+            class,
+            proto: 0,
+            direction: 0,
+        };
+        let any = Identity::ANY.0;
+        let shapes: [&dyn Fn(u32) -> RuleKey; 5] = [
+            &|i| key(256 + i, any, 80),
+            &|i| key(256, 256 + i, CLASS_ANY),
+            &|i| key(256, any, i as u16),
+            &|i| key(256 + i % 64, 256 + i / 64, 443),
+            &|i| key(256 + i, 257 + i, CLASS_ANY),
+        ];
+        for (shape, make) in shapes.iter().enumerate() {
+            let mut shards = [0; bounds::RULE_SHARDS as usize];
+            (0..4096).for_each(|i| shards[make(i).shard() as usize] += 1);
+            let mean = 4096 / bounds::RULE_SHARDS;
+            assert!(shards.iter().all(|n| (mean / 2..mean * 2).contains(n)), "shape {shape}: {shards:?}");
         }
     }
 }

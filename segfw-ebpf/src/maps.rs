@@ -21,6 +21,7 @@ use segfw_common::{
 const RDONLY_PROG: usize = 1 << 7;
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 const SLOTS: usize = bounds::SLOTS as usize;
+const SHARDS: u32 = bounds::RULE_SHARDS;
 
 /// A [`RuleEntry`] as words. Kernels from 5.15 to 6.1 look into the type of a value for timers, and what they note where the
 /// type is a structure without one differs from what they note where no type is known: then they take none of the agent's
@@ -45,7 +46,8 @@ fn entry<T: Copy, const N: usize>(words: &[u64; N]) -> T {
 #[btf_map]
 static CLASSES: ArrayOfMaps<Array<[u16; 65536], { Proto::COUNT as usize }, RDONLY_PROG>, SLOTS> = ArrayOfMaps::new();
 #[btf_map]
-static RULES: ArrayOfMaps<HashMap<RuleKey, RuleWords, 1, RDONLY_PROG>, SLOTS> = ArrayOfMaps::new();
+static RULES: ArrayOfMaps<HashMap<RuleKey, RuleWords, 1, RDONLY_PROG>, { SLOTS * SHARDS as usize }> =
+    ArrayOfMaps::new();
 #[btf_map]
 static TIMELINE: ArrayOfMaps<HashMap<u32, RuleWords, 1, RDONLY_PROG>, SLOTS> = ArrayOfMaps::new();
 #[btf_map]
@@ -412,7 +414,7 @@ impl Lookup for Kernel {
     }
     #[inline(always)]
     fn rule(&self, key: &RuleKey) -> Option<RuleEntry> {
-        let map = RULES.get(self.slot)?;
+        let map = RULES.get(self.slot * SHARDS + key.shard())?;
         // SAFETY: frozen map.
         unsafe { map.get(key).map(entry) }
     }

@@ -38,9 +38,9 @@ pub enum Error {
     /// The object and this module disagree: a bug.
     #[error("the eBPF object has no {kind} {name}: this build is broken")]
     Missing { kind: &'static str, name: String },
-    /// The generation that was read back is not the one that was computed.
-    #[error("read-back digest differs: computed {want}, the kernel holds {have}; the revision was not put in force")]
-    ReadBack { want: String, have: String },
+    /// What was read back of a new map is not what was written.
+    #[error("the map {map} should hold {want}, the kernel says {have}; the revision was not put in force")]
+    ReadBack { map: &'static str, want: String, have: String },
 }
 
 impl Error {

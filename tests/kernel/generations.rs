@@ -15,7 +15,11 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 const SWITCHES: usize = 200;
-const OUTER: [&str; 5] = ["CLASSES", "RULES", "TIMELINE", "LOCALS", "PREFIXES"];
+/// The outer maps and their inner maps per slot, in the order of `Datapath::inner_maps`.
+const OUTER: [(&str, u32); 5] =
+    [("PREFIXES", 1), ("CLASSES", 1), ("TIMELINE", 1), ("LOCALS", 1), ("RULES", bounds::RULE_SHARDS)];
+/// Index of the first map of rules in it.
+const RULES: usize = 4;
 
 /// What it does to tables, and how.
 type Change = (&'static str, fn(&mut Tables));
@@ -32,8 +36,8 @@ pub(crate) fn run(options: &Options, tally: &mut Tally) -> Result<()> {
         tally.count(format!("generations: {what} changes nothing"), failing(&datapath, &pair, break_it));
     }
     tally.count("generations: no free descriptor changes nothing", starved(&datapath, &pair));
-    tally.count("generations: maps that wait are used as they were left", waiting(&datapath, &pair));
-    tally.count("generations: after a large revision a change is written as what differs", ahead(&datapath, &pair));
+    tally.count("generations: what says the same is used again, and nothing else", again(&datapath, &scratch, &pair));
+    tally.count("generations: what somebody else put into a slot is not used", foreign(&datapath, &pair));
     tally.count("generations: the next agent finds it in force", found_again(&datapath, &scratch, &pair));
     Ok(())
 }
@@ -114,13 +118,10 @@ fn switching(datapath: &Datapath, pair: &Pair) -> Result<()> {
         let published = (1..=SWITCHES).try_for_each(|i| {
             let next = datapath.publish(&pair.tables[i % 2])?;
             ensure!(next.generation == last.generation + 1 && next.slot != last.slot, "{last:?}, then {next:?}");
-            // Every other one finds no maps that wait for it.
+            // Every other one has to wait for the programs of the one before.
             if i % 2 == 0 {
                 datapath.settle()?;
-                let waiting = (next.slot + 1) % bounds::SLOTS;
-                for slot in (0..bounds::SLOTS).filter(|s| *s != next.slot && *s != waiting) {
-                    ensure!(sys::outer_get(datapath.map("RULES")?, slot)?.is_none(), "slot {slot} is not empty");
-                }
+                empty_but(datapath, next.slot)?;
             }
             last = next;
             Ok(())
@@ -169,12 +170,24 @@ fn frozen(datapath: &Datapath) -> Result<()> {
         Err(e) if e.raw_os_error() == Some(libc::EPERM) => Ok(()),
         other => bail!("{what}: {other:?}"),
     };
-    for name in OUTER {
-        let map = sys::outer_get(datapath.map(name)?, slot)?.with_context(|| format!("{name} is empty"))?;
+    let mut maps = 0;
+    for (name, index) in OUTER.iter().flat_map(|(name, n)| (0..*n).map(move |shard| (name, slot * n + shard))) {
+        // No entries, no map.
+        let Some(map) = sys::outer_get(datapath.map(name)?, index)? else { continue };
+        maps += 1;
         // As large as the largest key and value; the kernel looks at the map's mode before it reads either.
         let (key, value) = ([0u64; 3], vec![0u8; 65536 * 2]);
         refused(&format!("write {name}"), sys::map_update_slice(map.as_fd(), &key, &value))?;
         refused(&format!("delete from {name}"), sys::map_delete(map.as_fd(), &key).map(drop))?;
+    }
+    ensure!(maps >= 4, "{maps} maps are in force");
+    Ok(())
+}
+
+fn empty_but(datapath: &Datapath, used: u32) -> Result<()> {
+    for slot in (0..bounds::SLOTS).filter(|slot| *slot != used) {
+        let maps = datapath.inner_maps(slot)?;
+        ensure!(maps.iter().all(|id| *id == 0), "slot {slot} is not empty: {maps:?}");
     }
     Ok(())
 }
@@ -239,66 +252,28 @@ fn starved(datapath: &Datapath, pair: &Pair) -> Result<()> {
     let free = std::fs::File::open("/dev/null")?;
     let next = std::os::fd::AsRawFd::as_raw_fd(&free) as u64;
     drop(free);
-    for room in 0..32 {
+    let before = datapath.inner_maps(active.slot)?;
+    for room in 0..64 {
         setrlimit(Resource::RLIMIT_NOFILE, next + room, hard)?;
         let result = datapath.publish(&pair.tables[1]);
         setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
-        let Err(error) = result else {
-            ensure!(room >= 5, "{room} descriptors were enough for five maps");
-            return Ok(());
+        let active = match result {
+            Ok(active) => active,
+            Err(error) => {
+                ensure!(error.to_string().contains("os error 24"), "with {room} descriptors: {error}");
+                same(datapath, pair, active).with_context(|| format!("with {room} descriptors, after: {error}"))?;
+                continue;
+            }
         };
-        ensure!(error.to_string().contains("os error 24"), "with {room} descriptors: {error}");
-        same(datapath, pair, active).with_context(|| format!("with {room} descriptors, after: {error}"))?;
+        let made = datapath.inner_maps(active.slot)?.into_iter().filter(|id| *id != 0 && !before.contains(id)).count();
+        ensure!(room >= made as u64 && made > 3, "{room} descriptors were enough for {made} maps");
+        return Ok(());
     }
-    bail!("32 descriptors are not enough")
+    bail!("64 descriptors are not enough")
 }
 
-/// Maps for the next revision wait in a slot nobody looks at. What somebody else does to them is never in force.
-fn waiting(datapath: &Datapath, pair: &Pair) -> Result<()> {
-    let empty = |slot: u32| -> Result<bool> { Ok(sys::outer_id(datapath.map("RULES")?, slot)? == 0) };
-    let ready = |active: Active| (active.slot + 1) % bounds::SLOTS;
-    // They are taken, and nothing is made.
-    let active = datapath.publish(&pair.tables[1])?;
-    datapath.settle()?;
-    let maps = datapath.inner_maps(ready(active))?;
-    ensure!(maps.iter().all(|id| *id != 0), "{maps:?}");
-    let next = datapath.publish(&pair.tables[0])?;
-    ensure!(datapath.inner_maps(next.slot)? == maps, "other maps than those that waited");
-    same(datapath, pair, next)?;
-    datapath.settle()?;
-    datapath.settle()?;
-    // An entry that somebody wrote into them: what is read back is not what was computed.
-    let map = sys::outer_get(datapath.map("LOCALS")?, ready(next))?.context("nothing waits")?;
-    let foreign = segfw_common::LocalEntry { flags: segfw_common::LocalEntry::OPEN, ..Default::default() };
-    sys::map_update(map.as_fd(), &4_000_000_000u32, &foreign)?;
-    ensure!(matches!(datapath.publish(&pair.tables[1]), Err(Error::ReadBack { .. })), "a foreign entry is in force");
-    same(datapath, pair, next)?;
-    // Other maps in their place are not used.
-    datapath.settle()?;
-    let classes = sys::outer_get(datapath.map("CLASSES")?, next.slot)?.context("nothing is in force")?;
-    sys::outer_set(datapath.map("CLASSES")?, ready(next), classes.as_fd())?;
-    let after = datapath.publish(&pair.tables[0])?;
-    same(datapath, pair, after)?;
-    // Too small for what comes: larger ones are made.
-    datapath.settle()?;
-    let mut large = pair.tables[1].clone();
-    for i in 0..5_000u32 {
-        let _ = large
-            .prefixes
-            .insert(PrefixKey { bits: 128, addr: Addr::v4((0x0b00_0000 + i).to_be_bytes()) }, Identity(300));
-        let _ = large.locals.insert(Identity(100_000 + i), segfw_common::LocalEntry::default());
-    }
-    let active = datapath.publish(&large)?;
-    ensure!(datapath.read_back(active.slot)?.digest() == large.digest(), "not what was computed");
-    datapath.settle()?;
-    ensure!(empty(after.slot)? && !empty(ready(active))?, "slots are not emptied");
-    let _ = datapath.publish(&pair.tables[0])?;
-    Ok(())
-}
-
-/// After a large revision the maps that wait hold it already: a change of it writes what differs, and nothing else is in
-/// force than what was computed, whatever somebody did to what lay open.
-fn ahead(datapath: &Datapath, pair: &Pair) -> Result<()> {
+/// A map is made where its entries are others, and only there.
+fn again(datapath: &Datapath, scratch: &Scratch, pair: &Pair) -> Result<()> {
     let mut tables = pair.tables[1].clone();
     let (key, entry) = tables.rules.iter().next().map(|(k, e)| (*k, *e)).context("no rules")?;
     for i in 0..6_000u32 {
@@ -306,66 +281,106 @@ fn ahead(datapath: &Datapath, pair: &Pair) -> Result<()> {
         let addr = Addr::v4((0x0b00_0000 + i).to_be_bytes());
         let _ = tables.prefixes.insert(PrefixKey { bits: 128, addr }, Identity(300));
     }
-    let holds = |active: Active, tables: &Tables| -> Result<()> {
-        ensure!(datapath.active()? == active, "{active:?} is not in force");
-        ensure!(datapath.read_back(active.slot)?.digest() == tables.digest(), "not what was computed");
-        Ok(())
-    };
-    let ready = |active: Active| (active.slot + 1) % bounds::SLOTS;
+    let later = Datapath::load(scratch.pins())?;
     let mut active = datapath.publish(&tables)?;
-    holds(active, &tables)?;
-    let prefixes = |slot: u32| sys::outer_id(datapath.map("PREFIXES")?, slot).context("PREFIXES");
-    for round in 0..8u32 {
-        datapath.settle_on(&tables)?;
-        let waiting = datapath.inner_maps(ready(active))?;
-        ensure!(prefixes(active.slot)? == prefixes(ready(active))?, "the prefixes were made anew");
+    ensure!(datapath.inner_maps(active.slot)?[RULES..].iter().all(|id| *id != 0), "a shard of 6,000 rules is empty");
+    for round in 0..9u32 {
+        // Also where programs of the generation before may still run.
+        if round % 2 == 0 {
+            datapath.settle()?;
+            empty_but(datapath, active.slot)?;
+        }
+        let before = datapath.inner_maps(active.slot)?;
         // One more, one less, one with another answer.
         let keys = [
             RuleKey { local: Identity(200_000 + round), ..key },
             RuleKey { local: Identity(100_000 + round), ..key },
             RuleKey { local: Identity(105_000 + round), ..key },
         ];
-        let _ = tables.rules.insert(keys[0], entry);
-        let _ = tables.rules.remove(&keys[1]);
-        let _ = tables.rules.insert(keys[2], RuleEntry { rule: 77, ..entry });
-        let next = match round {
-            // Whoever does not know what differs finds out.
-            3 => datapath.publish(&tables)?,
-            // Somebody wrote into what lay open, or took something out: other maps are made.
-            4 | 5 => {
-                let map = sys::outer_get(datapath.map("RULES")?, ready(active))?.context("nothing waits")?;
-                match round {
-                    4 => sys::map_update(map.as_fd(), &RuleKey { local: Identity(999_999), ..key }, &entry)?,
-                    _ => ensure!(sys::map_delete(map.as_fd(), &RuleKey { local: Identity(104_000), ..key })?),
-                }
-                datapath.publish_change(&tables, &keys)?
-            }
-            // Other prefixes: those in force are not.
-            6 => {
+        let mut changed: Vec<usize> = keys.iter().map(|key| RULES + key.shard() as usize).collect();
+        match round {
+            0 => changed.clear(),
+            1 => {
                 let _ = tables.prefixes.insert(PrefixKey { bits: 128, addr: Addr::v4([12, 0, 0, 1]) }, Identity(301));
-                datapath.publish(&tables)?
+                changed = vec![0];
             }
-            _ => datapath.publish_change(&tables, &keys)?,
-        };
-        let used = datapath.inner_maps(next.slot)?;
-        ensure!(next.generation == active.generation + 1, "{active:?}, then {next:?}");
-        ensure!(
-            (used == waiting) != matches!(round, 4..=6),
-            "round {round}: {waiting:?} waited, {used:?} are in force"
-        );
-        holds(next, &tables)?;
-        active = next;
+            2 => {
+                tables.classes[1][8080] ^= 1;
+                changed = vec![1];
+            }
+            3 => {
+                tables.timeline.push(RuleEntry { until: 1, ..entry });
+                changed = vec![2];
+            }
+            4 => {
+                let _ = tables.locals.insert(Identity(100_000), segfw_common::LocalEntry::default());
+                changed = vec![3];
+            }
+            _ => {
+                let _ = tables.rules.insert(keys[0], entry);
+                ensure!(tables.rules.remove(&keys[1]).is_some());
+                let _ = tables.rules.insert(keys[2], RuleEntry { rule: 77, ..entry });
+            }
+        }
+        // The last ones by an agent that found these maps: it takes them for its own once it has read them.
+        let by = if round < 7 { datapath } else { &later };
+        if round == 7 {
+            ensure!(!later.holds(&tables)?, "a difference is not seen");
+            let mut old = tables.clone();
+            let _ = old.rules.remove(&keys[0]);
+            let _ = old.rules.insert(keys[1], entry);
+            let _ = old.rules.insert(keys[2], entry);
+            ensure!(later.holds(&old)?, "what is in force is not found");
+        }
+        let next = by.publish(&tables)?;
+        ensure!(next.generation == active.generation + 1 && next.slot != active.slot, "{active:?}, then {next:?}");
+        ensure!(datapath.active()? == next, "{next:?} is not in force");
+        ensure!(datapath.read_back(next.slot)?.digest() == tables.digest(), "not what was computed");
+        let after = datapath.inner_maps(next.slot)?;
+        let differ: Vec<usize> = (0..after.len()).filter(|i| after[*i] != before[*i]).collect();
+        changed.sort_unstable();
+        changed.dedup();
+        ensure!(differ == changed, "round {round}: the maps {differ:?} were made, {changed:?} say something else");
         frozen(datapath)?;
+        active = next;
     }
-    // A difference that is not told is found when the maps are read back, and then all is written.
-    datapath.settle_on(&tables)?;
-    let _ = tables.rules.insert(RuleKey { local: Identity(300_000), ..key }, entry);
-    let next = datapath.publish_change(&tables, &[])?;
-    holds(next, &tables)?;
-    // Back to small ones.
-    datapath.settle_on(&tables)?;
+    // Where nobody read what is in force, all is made.
+    let before = datapath.inner_maps(active.slot)?;
+    let next = Datapath::load(scratch.pins())?.publish(&tables)?;
+    let after = datapath.inner_maps(next.slot)?;
+    ensure!(before.iter().zip(&after).all(|(before, after)| before != after), "{before:?}, then {after:?}");
+    let _ = datapath.publish(&pair.tables[0])?;
+    Ok(())
+}
+
+/// Maps that others put into the slots: not used again, and not in force with the next revision.
+fn foreign(datapath: &Datapath, pair: &Pair) -> Result<()> {
+    let active = datapath.publish(&pair.tables[0])?;
+    datapath.settle()?;
+    let kernel =
+        |key: usize, value: usize| sys::map_create(sys::MAP_TYPE_HASH, key, value, 1, sys::F_RDONLY_PROG, "foreign");
+    let rules = kernel(size_of::<RuleKey>(), size_of::<RuleEntry>())?;
+    let locals = kernel(4, size_of::<segfw_common::LocalEntry>())?;
+    // In the slot in force: LOCALS, which becomes empty, so every workload would be open.
+    sys::outer_set(datapath.map("LOCALS")?, active.slot, locals.as_fd())?;
+    ensure!(datapath.read_back(active.slot)?.digest() != pair.tables[0].digest(), "the foreign map is not there");
+    // In the next slot: one shard that will have entries and one that will have none.
+    let next = (active.slot + 1) % bounds::SLOTS;
+    let mut few = pair.tables[0].clone();
+    let key = few.rules.keys().next().copied().context("no rules")?;
+    few.rules.retain(|k, _| *k == key);
+    for shard in 0..bounds::RULE_SHARDS {
+        sys::outer_set(datapath.map("RULES")?, next * bounds::RULE_SHARDS + shard, rules.as_fd())?;
+    }
+    let after = datapath.publish(&few)?;
+    ensure!(after.slot == next && datapath.read_back(next)?.digest() == few.digest(), "not what was computed");
+    let maps = datapath.inner_maps(next)?;
+    let used: Vec<usize> = (RULES..maps.len()).filter(|i| maps[*i] != 0).collect();
+    ensure!(used == [RULES + key.shard() as usize], "{used:?} are in use");
+    let foreign = sys::map_info(locals.as_fd())?.id;
+    ensure!(!maps.contains(&foreign), "the foreign map is used again");
+    // All others stay as they were.
     let next = datapath.publish(&pair.tables[0])?;
-    datapath.settle_on(&pair.tables[0])?;
     same(datapath, pair, next)
 }
 

@@ -280,14 +280,14 @@ impl Core {
         begun: std::time::Instant,
     ) -> anyhow::Result<()> {
         let revision::Change { rules, mut amendment, basis } = change;
-        let keys: Vec<_> = amendment.rules.iter().map(|(key, _)| *key).collect();
+        let changed = amendment.rules.len();
         let silent = amendment.is_silent();
         let names = amendment.rule_names.iter().filter_map(|(number, name)| Some((*number, name.as_ref()?)));
         self.names.learn_rules(names);
         self.judge_packets()?;
         let Some(f) = &mut self.in_force else { anyhow::bail!("no revision is in force that could change") };
         amendment.swap(&mut f.tables);
-        let active = if silent { self.datapath.active() } else { self.datapath.publish_change(&f.tables, &keys) };
+        let active = if silent { self.datapath.active() } else { self.datapath.publish(&f.tables) };
         tracing::debug!(at = ?begun.elapsed(), "published");
         let active = match active {
             Ok(active) => active,
@@ -310,7 +310,7 @@ impl Core {
         f.revision.generation = active.generation;
         f.revision.files = files.iter().map(|(name, _)| name.clone()).collect();
         let (number, entries) = (f.revision.number, f.tables.rules.len());
-        tracing::info!(revision = number, generation = active.generation, entries, changed = keys.len(), "in force");
+        tracing::info!(revision = number, generation = active.generation, entries, changed, "in force");
         f.maps = self.datapath.inner_maps(active.slot)?;
         self.saved.revision = number;
         self.saved.files = files.clone();
@@ -329,12 +329,8 @@ impl Core {
         self.survey();
         self.save();
         self.keep_revision();
-        // The next revision finds room, and waits for no grace period.
-        let settled = match &self.in_force {
-            Some(f) => self.datapath.settle_on(&f.tables),
-            None => self.datapath.settle(),
-        };
-        if let Err(error) = settled {
+        // The next revision waits for no grace period.
+        if let Err(error) = self.datapath.settle() {
             tracing::warn!("{error}");
         }
         give_back();
@@ -354,7 +350,7 @@ impl Core {
         let same = match &self.in_force {
             Some(f) => f.tables.say_the_same(&tables),
             // What an earlier agent left is taken over as it is if it says the same.
-            None => self.holds(&tables)?,
+            None => self.datapath.holds(&tables).unwrap_or(false),
         };
         self.saved.numbers = numbers;
         let deadlines = live::deadlines(&tables);
@@ -412,12 +408,6 @@ impl Core {
         self.refused = None;
         self.finish();
         Ok(())
-    }
-
-    /// Does the kernel hold these very tables already?
-    pub(super) fn holds(&self, tables: &Tables) -> anyhow::Result<bool> {
-        let active = self.datapath.active()?;
-        Ok(active.generation != 0 && self.datapath.read_back(active.slot).is_ok_and(|held| held.say_the_same(tables)))
     }
 
     pub(super) fn save(&mut self) {

@@ -3,100 +3,84 @@
 //! The order never opens a hole: `CONTROL` names a slot only when everything in it was proven, and the old slot stays
 //! whole until no program can be in it any more.
 //!
-//! Each write to an outer map costs a grace period of RCU, so none is on the way of a revision: empty inner maps wait in
-//! the next slot, where no program looks before `CONTROL` says so ([`Datapath::settle`] puts them there, after the switch
-//! before). A revision that needs larger ones has them put there first.
+//! A generation is some twenty maps, and `RULES` is [`bounds::RULE_SHARDS`] of them. A map that says what the tables say is
+//! used again: it is frozen, and was read back when it was made. So a change of a rule makes one map of a sixteenth of the
+//! rules, and two generations that differ little cost little more memory than one.
 //!
-//! After a large revision the maps that wait are not empty ([`Datapath::settle_on`]): `RULES` holds what is in force
-//! already, so that a change writes what differs, and `PREFIXES` is the very map in force. That one is frozen, and was read
-//! back when it was made; `RULES` is frozen after the last write and then read back whole, as any other.
+//! To put a map into a slot is done at once, but the call returns only after a grace period of RCU. A thread waits for that:
+//! no program looks into the slot before `CONTROL` says so.
 
 use super::{Datapath, Error, sys};
 use crate::policy::Tables;
 use segfw_common::rule::{PrefixKey, Proto};
 use segfw_common::{Identity, LocalEntry, RuleEntry, RuleKey, bounds, control};
+use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
-/// The outer maps, each with one inner map per generation.
-const OUTER: [&str; 5] = ["CLASSES", "RULES", "TIMELINE", "LOCALS", "PREFIXES"];
+/// The outer maps, and how many inner maps each has per generation.
+const OUTER: [(&str, u32); 5] =
+    [("PREFIXES", 1), ("CLASSES", 1), ("TIMELINE", 1), ("LOCALS", 1), ("RULES", bounds::RULE_SHARDS)];
 
-/// Entries that waiting maps of a small policy hold: a hundred kilobytes of kernel memory.
-const ROOM: u32 = 1_024;
+/// From so many entries on, maps are made by several threads: to fill fewer takes a millisecond.
+const MANY: usize = 4_096;
 
-/// From so many entries on a map is made ready with what is in force: to fill a smaller one takes a millisecond.
-const AHEAD: usize = 4_096;
+/// Threads that make maps. More would take the processors from what is served here.
+const MAKERS: usize = 4;
 
-/// What lies ready for the next revision, and what the last one left to do.
+/// How often a thread looks whether a map is in its slot; it is there some microseconds after the call began.
+const LOOK: Duration = Duration::from_micros(20);
+
+/// Stack of a thread that makes one system call (bytes).
+const STACK: usize = 64 << 10;
+
+/// Where an inner map of a generation belongs: index into [`OUTER`], and which of its maps.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    outer: usize,
+    shard: u32,
+}
+
+impl Place {
+    /// All of them, always in the same order.
+    fn all() -> impl Iterator<Item = Self> {
+        OUTER.iter().enumerate().flat_map(|(outer, (_, n))| (0..*n).map(move |shard| Self { outer, shard }))
+    }
+    const fn name(self) -> &'static str {
+        OUTER[self.outer].0
+    }
+    /// Index into the outer map.
+    const fn index(self, slot: u32) -> u32 {
+        slot * OUTER[self.outer].1 + self.shard
+    }
+}
+
+/// A frozen map that was read back.
+#[derive(Clone, Debug)]
+struct Part {
+    map: Arc<OwnedFd>,
+    /// The kernel's number of it.
+    id: u32,
+    print: Print,
+}
+
+/// What this agent put in force, and what that left to do.
 #[derive(Debug, Default)]
-pub struct Next {
-    /// Empty and not frozen, in a slot that `CONTROL` does not name.
-    waiting: Option<Inner>,
-    /// Programs may still be in another slot than the one in force, or other slots are not emptied.
-    unsettled: bool,
-    /// Room that the last revision needed.
-    needed: Room,
-    /// The prefixes in force, where this agent published them.
-    prefixes: Option<Prefixes>,
+pub struct Held {
+    /// In the order of [`Place::all`]; `None` = no entries, no map. Empty = nothing was put in force yet.
+    parts: Vec<Option<Part>>,
+    /// No program is in another slot than the one in force, and the others are empty.
+    settled: bool,
+    /// Calls that wait for a grace period.
+    writers: Vec<Writer>,
+    sum: Sum,
 }
 
-/// A frozen map of prefixes that was read back.
-#[derive(Debug)]
-struct Prefixes {
-    map: OwnedFd,
-    room: u32,
-    /// [`Tables::prefixes_digest`] of what it holds.
-    digest: [u8; 32],
-}
-
-/// One inner map for each of [`OUTER`], in one slot.
-#[derive(Debug)]
-struct Inner {
-    slot: u32,
-    room: Room,
-    maps: Vec<OwnedFd>,
-    /// `RULES` holds what is in force.
-    rules_ahead: bool,
-    /// `PREFIXES` is the frozen map in force.
-    prefixes_ahead: bool,
-}
-
-/// Most entries of the inner maps whose size differs from policy to policy.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Room {
-    rules: u32,
-    timeline: u32,
-    locals: u32,
-    prefixes: u32,
-}
-
-impl Room {
-    fn of(tables: &Tables) -> Self {
-        let n = |len: usize| u32::try_from(len).unwrap_or(u32::MAX).max(1);
-        Self {
-            rules: n(tables.rules.len()),
-            timeline: n(tables.timeline.len()),
-            locals: n(tables.locals.len()),
-            prefixes: n(tables.prefixes.len()),
-        }
-    }
-    fn holds(self, other: Self) -> bool {
-        self.rules >= other.rules
-            && self.timeline >= other.timeline
-            && self.locals >= other.locals
-            && self.prefixes >= other.prefixes
-    }
-    /// For a revision that is somewhat larger: policies grow rule by rule.
-    fn ahead(self) -> Self {
-        let more = |n: u32, most: u32| n.saturating_add(n / 8).max(ROOM).min(most.max(n));
-        Self {
-            rules: more(self.rules, bounds::RULES),
-            timeline: more(self.timeline, bounds::TIMELINE),
-            locals: more(self.locals, bounds::LOCALS),
-            prefixes: more(self.prefixes, bounds::PREFIXES),
-        }
-    }
-}
+type Writer = JoinHandle<io::Result<()>>;
 
 /// What `CONTROL` says is in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,204 +123,132 @@ impl Datapath {
     /// Puts tables in force. On any error the generation in force stays as it is. Programs that had begun may still judge
     /// by the old one; [`Self::settle`] waits for them.
     pub fn publish(&self, tables: &Tables) -> Result<Active, Error> {
-        self.publish_as(tables, None)
-    }
-
-    /// [`Self::publish`] of tables that differ from those in force in these keys of `rules`, and not in `prefixes`.
-    pub fn publish_change(&self, tables: &Tables, keys: &[RuleKey]) -> Result<Active, Error> {
-        self.publish_as(tables, Some(keys))
-    }
-
-    fn publish_as(&self, tables: &Tables, keys: Option<&[RuleKey]>) -> Result<Active, Error> {
-        let mut next = self.next();
+        let mut held = self.held();
         let old = self.active()?;
+        // Programs of the generation before this one may be in any slot but the one in force.
+        self.settle_now(&mut held, old)?;
         let slot = (old.slot + 1) % bounds::SLOTS;
-        let needed = Room::of(tables);
-        // What somebody put there in place of ours is not used.
-        let ready =
-            |inner: &Inner| inner.slot == slot && inner.room.holds(needed) && self.is_in(inner).unwrap_or(false);
-        let waiting = match next.waiting.take().filter(ready) {
-            Some(inner) => self.fill_ahead(inner, tables, keys, &mut next)?,
-            None => None,
+        let wanted = wanted(tables, &held.sum);
+        // Only what is still where we put it.
+        let there = self.inner_maps(old.slot)?;
+        let again = |i: usize| {
+            let part = held.parts.get(i)?.as_ref()?;
+            (old.generation != 0 && there[i] == part.id && wanted[i] == part.print).then(|| part.clone())
         };
-        let inner = match waiting {
-            Some(inner) => inner,
-            None => {
-                // Programs of the generation before this one may be in any slot but the one in force.
-                self.settle_now(&mut next, None)?;
-                let inner = self.install(slot, make(needed.ahead())?, needed.ahead())?;
-                if !inner.take(tables)? {
-                    let (want, have) = (tables.digest(), self.read_back(slot)?.digest());
-                    return Err(Error::ReadBack { want: hex(&want), have: hex(&have) });
-                }
-                inner
-            }
-        };
+        let mut parts: Vec<Option<Part>> = (0..wanted.len()).map(again).collect();
+        let missing: Vec<usize> =
+            (0..wanted.len()).filter(|i| parts[*i].is_none() && wanted[*i].entries != 0).collect();
+        for (i, part) in make(tables, &missing, &wanted, &held.sum)? {
+            parts[i] = Some(part);
+        }
+        tracing::debug!(made = missing.len(), of = wanted.len(), "maps are ready");
+        self.install(&mut held.writers, slot, &parts)?;
         // What was written into the maps is there for whoever reads the word.
-        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        std::sync::atomic::fence(Ordering::SeqCst);
         let new = Active { generation: after(old.generation), slot };
         self.set_active(new)?;
-        next.unsettled = true;
-        next.needed = needed;
-        if !inner.prefixes_ahead {
-            // For the next one: these are frozen, and were read back.
-            next.prefixes = (tables.prefixes.len() >= AHEAD)
-                .then(|| inner.maps.into_iter().nth(PREFIXES))
-                .flatten()
-                .map(|map| Prefixes { map, room: inner.room.prefixes, digest: tables.prefixes_digest() });
-        }
+        held.settled = false;
+        held.parts = parts;
         Ok(new)
     }
 
-    /// Makes maps that waited say what the tables say; `None` = they do not, and others are to be made, since what lay open
-    /// for long may have been changed by anybody.
-    fn fill_ahead(
-        &self,
-        mut inner: Inner,
-        tables: &Tables,
-        keys: Option<&[RuleKey]>,
-        next: &mut Next,
-    ) -> Result<Option<Inner>, Error> {
-        let open_long = inner.rules_ahead;
-        if inner.prefixes_ahead
-            && keys.is_none()
-            && next.prefixes.as_ref().is_none_or(|known| known.digest != tables.prefixes_digest())
-        {
-            let room = inner.room.prefixes;
-            let map = make_prefixes(room)?;
-            sys::outer_set(self.map(OUTER[PREFIXES])?, inner.slot, map.as_fd())
-                .map_err(|e| Error::sys(format!("put a new map into slot {} of {}", inner.slot, OUTER[PREFIXES]), e))?;
-            inner.maps[PREFIXES] = map;
-            inner.prefixes_ahead = false;
-        }
-        if inner.rules_ahead {
-            match keys {
-                Some(keys) => inner.amend(tables, keys)?,
-                None => {
-                    let held = inner.dump_rules()?;
-                    let keys = differing(held, tables);
-                    inner.amend(tables, &keys)?;
-                }
-            }
-        }
-        if inner.take(tables)? {
-            return Ok(Some(inner));
-        }
-        if open_long {
-            tracing::warn!("the maps that were ready for the next revision were changed by somebody: others are made");
-            return Ok(None);
-        }
-        let (want, have) = (tables.digest(), self.read_back(inner.slot)?.digest());
-        Err(Error::ReadBack { want: hex(&want), have: hex(&have) })
-    }
-
-    /// Returns when no program judges by an older slot any more; then those are empty, and maps for the next revision wait
-    /// in the one after. Costs two grace periods if there is something to do.
+    /// Returns when no program judges by an older slot any more, and those are empty. Costs two grace periods if there is
+    /// something to do.
     pub fn settle(&self) -> Result<(), Error> {
-        self.settle_as(None)
-    }
-
-    /// [`Self::settle`]; where these tables, which are in force, are large, the maps that wait hold already what they say.
-    pub fn settle_on(&self, tables: &Tables) -> Result<(), Error> {
-        self.settle_as(Some(tables).filter(|t| t.rules.len() >= AHEAD))
-    }
-
-    fn settle_as(&self, held: Option<&Tables>) -> Result<(), Error> {
-        let mut next = self.next();
+        let mut held = self.held();
         let active = self.active()?;
-        if active.generation == 0 {
+        self.settle_now(&mut held, active)
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// See [`Self::settle`].
+    fn settle_now(&self, held: &mut Held, active: Active) -> Result<(), Error> {
+        // Where one failed, the revision it was for was refused.
+        let _ = wait(std::mem::take(&mut held.writers));
+        if held.settled || active.generation == 0 {
             return Ok(());
         }
-        let slot = (active.slot + 1) % bounds::SLOTS;
-        let is_ready = |inner: &Inner| inner.slot == slot && (held.is_none() || inner.rules_ahead);
-        if next.unsettled || !next.waiting.as_ref().is_some_and(is_ready) {
-            let room = held.map_or(next.needed, Room::of).ahead();
-            self.settle_now(&mut next, Some((slot, room, held)))?;
-        }
-        Ok(())
-    }
-
-    fn next(&self) -> MutexGuard<'_, Next> {
-        self.next.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// See [`Self::settle`]; `ahead` = where to put maps for the next revision, how large, and what they hold.
-    fn settle_now(&self, next: &mut Next, ahead: Option<(u32, Room, Option<&Tables>)>) -> Result<(), Error> {
-        next.waiting = None;
-        let active = self.active()?;
         // A plain array write, as that of `CONTROL`, waits for nobody. Writing to an outer slot waits for a grace period:
-        // after it no program that read the old word is still running, and the old slot can go.
-        match ahead {
-            Some((slot, mut room, held)) => {
-                let mut maps = make(room)?;
-                let shared =
-                    next.prefixes.as_ref().filter(|known| held.is_some_and(|t| t.prefixes_digest() == known.digest));
-                if let Some(known) = shared {
-                    maps[PREFIXES] = known.map.try_clone().map_err(|e| Error::sys("keep the map of prefixes", e))?;
-                    room.prefixes = known.room;
-                }
-                if let Some(tables) = held {
-                    fill_rules(maps[RULES].as_fd(), tables)?;
-                }
-                let (rules_ahead, prefixes_ahead) = (held.is_some(), shared.is_some());
-                let inner = self.install(slot, maps, room)?;
-                next.waiting = Some(Inner { rules_ahead, prefixes_ahead, ..inner });
-            }
-            None if next.unsettled => {
-                if let Some(map) = sys::outer_get(self.map(OUTER[0])?, active.slot)
-                    .map_err(|e| Error::sys(format!("open slot {} of {}", active.slot, OUTER[0]), e))?
-                {
-                    sys::outer_set(self.map(OUTER[0])?, active.slot, map.as_fd())
-                        .map_err(|e| Error::sys("wait for the programs of the last generation", e))?;
-                }
-            }
-            None => {}
+        // after it no program that read the old word is still running, and the old slots can go.
+        let any = |place: &Place| self.inner(*place, active.slot).transpose();
+        if let Some(map) = Place::all().find_map(|place| any(&place).map(|map| map.map(|map| (place, map)))) {
+            let (place, map) = map?;
+            sys::outer_set(self.map(place.name())?, place.index(active.slot), map.as_fd())
+                .map_err(|e| Error::sys("wait for the programs of the last generation", e))?;
         }
-        next.unsettled = false;
+        held.settled = true;
         // What is not cleared costs memory, and the next one comes by again.
-        let keep = [Some(active.slot), ahead.map(|(slot, _, _)| slot)];
-        let others = || (0..bounds::SLOTS).filter(|slot| !keep.contains(&Some(*slot)));
-        let cleared = self.on_each(|_, outer| others().try_for_each(|slot| sys::outer_clear(outer, slot)));
-        if let Err(error) = cleared {
+        let old = (0..bounds::SLOTS).filter(|slot| *slot != active.slot);
+        let cleared =
+            old.flat_map(|slot| Place::all().map(move |place| (slot, place))).try_for_each(|(slot, place)| {
+                let outer = self.outer(place)?;
+                let index = place.index(slot);
+                if sys::outer_id(outer.as_fd(), index).is_ok_and(|id| id == 0) {
+                    return Ok(());
+                }
+                held.writers.push(writer(move || sys::outer_clear(outer.as_fd(), index))?);
+                Ok(())
+            });
+        let waited = wait(std::mem::take(&mut held.writers)).map_err(|e| Error::sys("empty a slot", e));
+        if let Err(error) = cleared.and(waited) {
             tracing::warn!("old generations are kept: {error}");
         }
         Ok(())
     }
 
-    /// Puts maps into a slot that `CONTROL` does not name.
-    fn install(&self, slot: u32, maps: Vec<OwnedFd>, room: Room) -> Result<Inner, Error> {
-        let inner = Inner { slot, room, maps, rules_ahead: false, prefixes_ahead: false };
-        self.on_each(|i, outer| sys::outer_set(outer, slot, inner.maps[i].as_fd()))
-            .map_err(|e| Error::sys(format!("put new maps into slot {slot}"), e))?;
-        Ok(inner)
+    /// Puts maps into a slot that `CONTROL` does not name, and returns when they are there.
+    fn install(&self, writers: &mut Vec<Writer>, slot: u32, parts: &[Option<Part>]) -> Result<(), Error> {
+        let failed = |e| Error::sys(format!("put new maps into slot {slot}"), e);
+        for (place, part) in Place::all().zip(parts) {
+            let (outer, index) = (self.outer(place)?, place.index(slot));
+            match part {
+                Some(part) => {
+                    let map = Arc::clone(&part.map);
+                    writers.push(writer(move || sys::outer_set(outer.as_fd(), index, map.as_fd()))?);
+                }
+                // Settled slots are empty, unless that failed.
+                None if sys::outer_id(outer.as_fd(), index).map_err(failed)? != 0 => {
+                    writers.push(writer(move || sys::outer_clear(outer.as_fd(), index))?);
+                }
+                None => {}
+            }
+        }
+        let want: Vec<u32> = parts.iter().map(|part| part.as_ref().map_or(0, |part| part.id)).collect();
+        loop {
+            // Asked before the look: what has ended was written before it.
+            let ended = writers.iter().all(JoinHandle::is_finished);
+            if self.inner_maps(slot)? == want {
+                return Ok(());
+            }
+            if ended {
+                wait(std::mem::take(writers)).map_err(failed)?;
+                return Err(failed(io::Error::other("somebody else writes there")));
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
-    /// Does the same to all outer maps at once, so that they wait for the same grace period.
-    fn on_each(&self, work: impl Fn(usize, BorrowedFd<'_>) -> std::io::Result<()> + Sync) -> std::io::Result<()> {
-        let outer: Vec<BorrowedFd<'_>> =
-            OUTER.iter().map(|name| self.map(name)).collect::<Result<_, _>>().map_err(std::io::Error::other)?;
-        std::thread::scope(|scope| {
-            let work = &work;
-            let all: Vec<_> = outer.into_iter().enumerate().map(|(i, map)| scope.spawn(move || work(i, map))).collect();
-            let ended = all.into_iter().map(|one| one.join().unwrap_or_else(|_| Err(std::io::Error::other("panic"))));
-            // All are waited for, also after the first that failed.
-            ended.fold(Ok(()), std::io::Result::and)
-        })
+    fn outer(&self, place: Place) -> Result<Arc<OwnedFd>, Error> {
+        let missing = || Error::Missing { kind: "map", name: place.name().to_owned() };
+        self.maps.get(place.name()).cloned().ok_or_else(missing)
     }
 
-    /// Are these the maps of their slot?
-    fn is_in(&self, inner: &Inner) -> Result<bool, Error> {
-        let ours: Result<Vec<u32>, _> = inner.maps.iter().map(|m| sys::map_info(m.as_fd()).map(|i| i.id)).collect();
-        Ok(ours.is_ok_and(|ours| self.inner_maps(inner.slot).is_ok_and(|there| there == ours)))
+    /// The map of a slot; `None` = there is none.
+    fn inner(&self, place: Place, slot: u32) -> Result<Option<OwnedFd>, Error> {
+        sys::outer_get(self.map(place.name())?, place.index(slot))
+            .map_err(|e| Error::sys(format!("open slot {slot} of {}", place.name()), e))
     }
 
-    /// Numbers of the inner maps of a slot: the maps are frozen, so the same numbers are the same tables.
+    /// Numbers of the inner maps of a slot, 0 = none: the maps are frozen, so the same numbers are the same tables.
     pub fn inner_maps(&self, slot: u32) -> Result<Vec<u32>, Error> {
-        let id = |name: &str| -> Result<u32, Error> {
-            let read = sys::outer_id(self.map(name)?, slot);
-            read.map_err(|e| Error::sys(format!("read slot {slot} of {name}"), e))
+        let id = |place: Place| -> Result<u32, Error> {
+            let read = sys::outer_id(self.map(place.name())?, place.index(slot));
+            read.map_err(|e| Error::sys(format!("read slot {slot} of {}", place.name()), e))
         };
-        OUTER.iter().map(|name| id(name)).collect()
+        Place::all().map(id).collect()
     }
 
     /// The word of `control::FLAGS`.
@@ -352,18 +264,53 @@ impl Datapath {
         Ok(next)
     }
 
+    /// Do the maps in force, which an earlier agent left, say what these tables say? Then they are ours.
+    pub fn holds(&self, tables: &Tables) -> Result<bool, Error> {
+        let mut held = self.held();
+        let active = self.active()?;
+        if active.generation == 0 {
+            return Ok(false);
+        }
+        let wanted = wanted(tables, &held.sum);
+        let mut parts = Vec::new();
+        for (place, want) in Place::all().zip(wanted) {
+            let part = match self.inner(place, active.slot)? {
+                Some(map) => {
+                    // They should be: then this says that it cannot be done twice.
+                    let _ = sys::map_freeze(map.as_fd());
+                    let print = print(place, map.as_fd(), &held.sum)?;
+                    let id = sys::map_info(map.as_fd()).map_err(reading(place))?.id;
+                    Some(Part { map: Arc::new(map), id, print })
+                }
+                None => None,
+            };
+            if part.as_ref().map_or(Print::default(), |part| part.print) != want {
+                return Ok(false);
+            }
+            parts.push(part);
+        }
+        held.parts = parts;
+        Ok(true)
+    }
+
     /// What the kernel holds in a slot, as tables (without the names, which it never sees).
     pub fn read_back(&self, slot: u32) -> Result<Tables, Error> {
-        let open = |name: &str| -> Result<OwnedFd, Error> {
-            sys::outer_get(self.map(name)?, slot)
-                .map_err(|e| Error::sys(format!("open slot {slot} of {name}"), e))?
-                .ok_or_else(|| {
-                    Error::sys(format!("slot {slot} of {name} is empty"), std::io::ErrorKind::NotFound.into())
-                })
-        };
-        let maps = OUTER.iter().map(|name| open(name)).collect::<Result<_, _>>()?;
-        let inner = Inner { slot, room: Room::default(), maps, rules_ahead: false, prefixes_ahead: false };
-        Ok(inner.read()?.tables())
+        let mut tables = Tables::default();
+        for place in Place::all() {
+            let Some(map) = self.inner(place, slot)? else { continue };
+            let map = map.as_fd();
+            match place.name() {
+                "CLASSES" => tables.classes = read_classes(place, map)?,
+                "RULES" => tables.rules.extend(dump::<RuleKey, RuleEntry>(place, map)?),
+                "TIMELINE" => {
+                    let parts: BTreeMap<u32, RuleEntry> = dump(place, map)?.into_iter().collect();
+                    tables.timeline = parts.into_values().collect();
+                }
+                "LOCALS" => tables.locals.extend(dump(place, map)?.into_iter().map(|(k, v)| (Identity(k), v))),
+                _ => tables.prefixes.extend(dump(place, map)?.into_iter().map(|(k, v)| (k, Identity(v)))),
+            }
+        }
+        Ok(tables)
     }
 }
 
@@ -372,244 +319,266 @@ fn after(generation: u32) -> u32 {
     generation.wrapping_add(1).max(1)
 }
 
-/// Index into [`OUTER`].
-const RULES: usize = 1;
-/// Index into [`OUTER`].
-const PREFIXES: usize = 4;
-
-fn make_one(kind: u32, key: usize, value: usize, n: u32, flags: u32, name: &str) -> Result<OwnedFd, Error> {
-    sys::map_create(kind, key, value, n, flags, name)
-        .map_err(|e| Error::sys(format!("make the map {name} with room for {n} entries"), e))
+fn writer(work: impl FnOnce() -> io::Result<()> + Send + 'static) -> Result<Writer, Error> {
+    let started = std::thread::Builder::new().name("grace".into()).stack_size(STACK).spawn(work);
+    started.map_err(|e| Error::sys("start a thread", e))
 }
 
-fn make_prefixes(room: u32) -> Result<OwnedFd, Error> {
-    let flags = sys::F_RDONLY_PROG | sys::F_NO_PREALLOC;
-    make_one(sys::MAP_TYPE_LPM_TRIE, size_of::<PrefixKey>(), 4, room, flags, OUTER[PREFIXES])
+/// All are waited for, also after the first that failed.
+fn wait(writers: Vec<Writer>) -> io::Result<()> {
+    let ended = writers.into_iter().map(|one| one.join().unwrap_or_else(|_| Err(io::Error::other("panic"))));
+    ended.fold(Ok(()), io::Result::and)
 }
 
-fn fill_rules(map: BorrowedFd<'_>, tables: &Tables) -> Result<(), Error> {
-    let (keys, values): (Vec<_>, Vec<_>) = tables.rules.iter().map(|(k, v)| (*k, *v)).unzip();
-    sys::map_fill(map, &keys, &values).map_err(|e| Error::sys(format!("fill the map {}", OUTER[RULES]), e))
+/// What each map is to hold, in the order of [`Place::all`].
+fn wanted(tables: &Tables, sum: &Sum) -> Vec<Print> {
+    let mut shards = [Print::default(); bounds::RULE_SHARDS as usize];
+    for (key, entry) in &tables.rules {
+        shards[key.shard() as usize].add(sum, key, entry);
+    }
+    let of = |place: Place| match place.name() {
+        "CLASSES" => classes_print(&tables.classes, sum),
+        "TIMELINE" => Print::of(sum, tables.timeline.iter().zip(0u32..).map(|(entry, i)| (i, *entry))),
+        "LOCALS" => Print::of(sum, tables.locals.iter().map(|(k, v)| (k.0, *v))),
+        "RULES" => shards[place.shard as usize],
+        _ => Print::of(sum, tables.prefixes.iter().map(|(k, v)| (*k, v.0))),
+    };
+    Place::all().map(of).collect()
 }
 
-/// The keys of which these entries and the tables do not say the same.
-fn differing(mut held: Vec<(RuleKey, RuleEntry)>, tables: &Tables) -> Vec<RuleKey> {
-    held.sort_unstable_by_key(|e| e.0);
-    let find = |key: &RuleKey| held.binary_search_by_key(key, |e| e.0).ok().and_then(|i| held.get(i));
-    let gone = held.iter().map(|(key, _)| *key).filter(|key| !tables.rules.contains_key(key));
-    let other = tables.rules.iter().filter(|(key, entry)| find(key).is_none_or(|(_, held)| held != *entry));
-    gone.chain(other.map(|(key, _)| *key)).collect()
-}
-
-/// Empty inner maps, in the order of [`OUTER`].
-fn make(room: Room) -> Result<Vec<OwnedFd>, Error> {
-    const READ_ONLY: u32 = sys::F_RDONLY_PROG;
-    let entry = size_of::<RuleEntry>();
-    Ok(vec![
-        make_one(sys::MAP_TYPE_ARRAY, 4, 65536 * 2, Proto::COUNT, READ_ONLY, OUTER[0])?,
-        make_one(sys::MAP_TYPE_HASH, size_of::<RuleKey>(), entry, room.rules, READ_ONLY, OUTER[RULES])?,
-        make_one(sys::MAP_TYPE_HASH, 4, entry, room.timeline, READ_ONLY, OUTER[2])?,
-        make_one(sys::MAP_TYPE_HASH, 4, size_of::<LocalEntry>(), room.locals, READ_ONLY, OUTER[3])?,
-        make_prefixes(room.prefixes)?,
-    ])
-}
-
-impl Inner {
-    /// In the order of [`OUTER`].
-    fn map(&self, index: usize) -> BorrowedFd<'_> {
-        self.maps[index].as_fd()
+/// Makes the maps of these places (indices into [`Place::all`]): filled, frozen, read back, and no other than wanted.
+fn make(tables: &Tables, places: &[usize], wanted: &[Print], sum: &Sum) -> Result<Vec<(usize, Part)>, Error> {
+    let all: Vec<Place> = Place::all().collect();
+    let mut shards: Vec<Option<(Vec<RuleKey>, Vec<RuleEntry>)>> = vec![None; bounds::RULE_SHARDS as usize];
+    for (place, want) in places.iter().map(|i| (all[*i], wanted[*i])).filter(|(place, _)| place.name() == "RULES") {
+        let room = want.entries as usize;
+        shards[place.shard as usize] = Some((Vec::with_capacity(room), Vec::with_capacity(room)));
     }
-
-    /// Fills, freezes and reads back: `true` = the maps hold what the tables say. `RULES` and `PREFIXES`, which can be large,
-    /// each by a thread.
-    fn take(&self, tables: &Tables) -> Result<bool, Error> {
-        if tables.rules.len() + tables.prefixes.len() < AHEAD {
-            return Ok(self.take_small(tables)? & self.take_rules(tables)? & self.take_prefixes(tables)?);
-        }
-        std::thread::scope(|scope| {
-            let prefixes = scope.spawn(|| self.take_prefixes(tables));
-            let others = self.take_small(tables).and_then(|same| Ok(same & self.take_rules(tables)?));
-            let panicked = || Error::sys("fill the maps", std::io::Error::other("panic"));
-            Ok(prefixes.join().map_err(|_| panicked())?? & others?)
-        })
-    }
-
-    fn take_small(&self, tables: &Tables) -> Result<bool, Error> {
-        for (proto, of_ports) in tables.classes.iter().enumerate() {
-            // The kernel reads as much as the map's values hold, however long this is.
-            if of_ports.len() != 65536 {
-                return Err(Error::sys(
-                    format!("{} classes of ports instead of 65536", of_ports.len()),
-                    std::io::ErrorKind::InvalidInput.into(),
-                ));
-            }
-            sys::map_update_slice(self.map(0), &(proto as u32), of_ports).map_err(filling(0))?;
-        }
-        let keys: Vec<u32> = (0..tables.timeline.len() as u32).collect();
-        sys::map_fill(self.map(2), &keys, &tables.timeline).map_err(filling(2))?;
-        let (keys, values): (Vec<_>, Vec<_>) = tables.locals.iter().map(|(k, v)| (k.0, *v)).unzip();
-        sys::map_fill(self.map(3), &keys, &values).map_err(filling(3))?;
-        [0, 2, 3].into_iter().try_for_each(|i| self.freeze(i))?;
-        let classes = self.read_classes()?;
-        let timeline: Vec<(u32, RuleEntry)> = self.dump(2)?;
-        let locals: Vec<(u32, LocalEntry)> = self.dump(3)?;
-        Ok(classes == tables.classes
-            && timeline.iter().map(|(k, v)| (*k as usize, v)).eq(tables.timeline.iter().enumerate())
-            && locals.iter().map(|(k, v)| (Identity(*k), v)).eq(tables.locals.iter().map(|(k, v)| (*k, v))))
-    }
-
-    fn take_rules(&self, tables: &Tables) -> Result<bool, Error> {
-        if !self.rules_ahead {
-            fill_rules(self.map(RULES), tables)?;
-        }
-        self.freeze(RULES)?;
-        let begun = std::time::Instant::now();
-        let held = self.dump_rules()?;
-        tracing::debug!(took = ?begun.elapsed(), "rules read back");
-        let sum = Sum::new();
-        let same =
-            held.len() == tables.rules.len() && sum.of(held.iter().map(|(k, v)| (k, v))) == sum.of(tables.rules.iter());
-        tracing::debug!(took = ?begun.elapsed(), "rules compared");
-        Ok(same)
-    }
-
-    fn take_prefixes(&self, tables: &Tables) -> Result<bool, Error> {
-        if self.prefixes_ahead {
-            return Ok(true);
-        }
-        let (keys, values): (Vec<_>, Vec<_>) = tables.prefixes.iter().map(|(k, v)| (*k, v.0)).unzip();
-        sys::map_fill(self.map(PREFIXES), &keys, &values).map_err(filling(PREFIXES))?;
-        self.freeze(PREFIXES)?;
-        let held: Vec<(PrefixKey, u32)> = self.dump(PREFIXES)?;
-        Ok(held.iter().map(|(k, v)| (*k, Identity(*v))).eq(tables.prefixes.iter().map(|(k, v)| (*k, *v))))
-    }
-
-    /// Makes these keys of `RULES` say what the tables say.
-    fn amend(&self, tables: &Tables, keys: &[RuleKey]) -> Result<(), Error> {
-        let (mut at, mut entries) = (Vec::new(), Vec::new());
-        for key in keys {
-            match tables.rules.get(key) {
-                Some(entry) => {
-                    at.push(*key);
-                    entries.push(*entry);
-                }
-                None => drop(sys::map_delete(self.map(RULES), key).map_err(filling(RULES))?),
+    if shards.iter().any(Option::is_some) {
+        for (key, entry) in &tables.rules {
+            if let Some((keys, entries)) = &mut shards[key.shard() as usize] {
+                keys.push(*key);
+                entries.push(*entry);
             }
         }
-        sys::map_fill(self.map(RULES), &at, &entries).map_err(filling(RULES))
     }
-
-    fn freeze(&self, index: usize) -> Result<(), Error> {
-        sys::map_freeze(self.map(index)).map_err(|e| Error::sys(format!("freeze the map {}", OUTER[index]), e))
-    }
-
-    /// In no order.
-    fn dump_rules(&self) -> Result<Vec<(RuleKey, RuleEntry)>, Error> {
-        let size = sys::map_info(self.map(RULES)).map(|i| i.max_entries as usize).unwrap_or(0);
-        sys::map_dump(self.map(RULES), size).map_err(reading(RULES))
-    }
-
-    /// In the order of the keys.
-    fn dump<K: aya::Pod + Ord, V: aya::Pod>(&self, index: usize) -> Result<Vec<(K, V)>, Error> {
-        let size = sys::map_info(self.map(index)).map(|i| i.max_entries as usize).unwrap_or(0);
-        let mut all: Vec<(K, V)> = sys::map_dump(self.map(index), size).map_err(reading(index))?;
-        all.sort_unstable_by_key(|e| e.0);
-        Ok(all)
-    }
-
-    fn read_classes(&self) -> Result<Vec<Vec<u16>>, Error> {
-        let mut classes = Vec::new();
-        for proto in 0..Proto::COUNT {
-            let mut bytes = vec![0u8; 65536 * 2];
-            let found = sys::map_lookup_into(self.map(0), &proto, &mut bytes).map_err(reading(0))?;
-            debug_assert!(found);
-            classes.push(bytes.chunks_exact(2).map(|c| u16::from_ne_bytes([c[0], c[1]])).collect());
+    let make_one = |i: usize| -> Result<(usize, Part), Error> {
+        let (place, want) = (all[i], wanted[i]);
+        let map = match place.name() {
+            "CLASSES" => filled_classes(place, &tables.classes)?,
+            "TIMELINE" => {
+                let keys: Vec<u32> = (0..want.entries).collect();
+                filled(place, sys::MAP_TYPE_HASH, &keys, &tables.timeline)?
+            }
+            "LOCALS" => {
+                let (keys, values): (Vec<_>, Vec<_>) = tables.locals.iter().map(|(k, v)| (k.0, *v)).unzip();
+                filled(place, sys::MAP_TYPE_HASH, &keys, &values)?
+            }
+            "RULES" => {
+                let (keys, entries) = shards[place.shard as usize].as_ref().map_or((&[][..], &[][..]), |(k, e)| (k, e));
+                filled(place, sys::MAP_TYPE_HASH, keys, entries)?
+            }
+            _ => {
+                let (keys, values): (Vec<_>, Vec<_>) = tables.prefixes.iter().map(|(k, v)| (*k, v.0)).unzip();
+                filled(place, sys::MAP_TYPE_LPM_TRIE, &keys, &values)?
+            }
+        };
+        sys::map_freeze(map.as_fd()).map_err(|e| Error::sys(format!("freeze the map {}", place.name()), e))?;
+        let have = print(place, map.as_fd(), sum)?;
+        if have != want {
+            return Err(Error::ReadBack { map: place.name(), want: want.to_string(), have: have.to_string() });
         }
-        Ok(classes)
+        let id = sys::map_info(map.as_fd()).map_err(reading(place))?.id;
+        Ok((i, Part { map: Arc::new(map), id, print: have }))
+    };
+    let entries: usize = places.iter().map(|i| wanted[*i].entries as usize).sum();
+    if entries < MANY {
+        return places.iter().map(|i| make_one(*i)).collect();
     }
+    // The tries, which take longest, come first.
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<Vec<(usize, Part)>, Error> {
+        std::iter::from_fn(|| places.get(next.fetch_add(1, Ordering::Relaxed))).map(|i| make_one(*i)).collect()
+    };
+    let makers = std::thread::available_parallelism().map_or(1, usize::from).min(MAKERS);
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..makers).map(|_| scope.spawn(work)).collect();
+        let mut made = work()?;
+        for other in others {
+            let panicked = |_| Error::sys("fill the maps", io::Error::other("panic"));
+            made.extend(other.join().map_err(panicked)??);
+        }
+        Ok(made)
+    })
+}
 
-    fn read(&self) -> Result<Held, Error> {
-        Ok(Held {
-            classes: self.read_classes()?,
-            rules: self.dump(RULES)?,
-            timeline: self.dump(2)?,
-            locals: self.dump(3)?,
-            prefixes: self.dump(PREFIXES)?,
-        })
+/// A new map with these entries, and room for no more.
+fn filled<K: aya::Pod, V: aya::Pod>(place: Place, kind: u32, keys: &[K], values: &[V]) -> Result<OwnedFd, Error> {
+    let tree = if kind == sys::MAP_TYPE_LPM_TRIE { sys::F_NO_PREALLOC } else { 0 };
+    let n = u32::try_from(keys.len()).unwrap_or(u32::MAX);
+    let map = sys::map_create(kind, size_of::<K>(), size_of::<V>(), n, sys::F_RDONLY_PROG | tree, place.name())
+        .map_err(|e| Error::sys(format!("make the map {} with room for {n} entries", place.name()), e))?;
+    sys::map_fill(map.as_fd(), keys, values).map_err(|e| Error::sys(format!("fill the map {}", place.name()), e))?;
+    Ok(map)
+}
+
+fn filled_classes(place: Place, classes: &[Vec<u16>]) -> Result<OwnedFd, Error> {
+    let failed = |e| Error::sys(format!("fill the map {}", place.name()), e);
+    let map = sys::map_create(sys::MAP_TYPE_ARRAY, 4, PORTS * 2, Proto::COUNT, sys::F_RDONLY_PROG, place.name())
+        .map_err(failed)?;
+    for (proto, of_ports) in classes.iter().enumerate() {
+        // The kernel reads as much as the map's values hold, however long this is.
+        if of_ports.len() != PORTS {
+            let what = format!("{} classes of ports instead of {PORTS}", of_ports.len());
+            return Err(Error::sys(what, io::ErrorKind::InvalidInput.into()));
+        }
+        sys::map_update_slice(map.as_fd(), &(proto as u32), of_ports).map_err(failed)?;
+    }
+    Ok(map)
+}
+
+/// Ports, each with a class.
+const PORTS: usize = 1 << 16;
+
+/// Reads a map back.
+fn print(place: Place, map: BorrowedFd<'_>, sum: &Sum) -> Result<Print, Error> {
+    Ok(match place.name() {
+        "CLASSES" => classes_print(&read_classes(place, map)?, sum),
+        "TIMELINE" => Print::of(sum, dump::<u32, RuleEntry>(place, map)?),
+        "LOCALS" => Print::of(sum, dump::<u32, LocalEntry>(place, map)?),
+        "RULES" => Print::of(sum, dump::<RuleKey, RuleEntry>(place, map)?),
+        _ => Print::of(sum, dump::<PrefixKey, u32>(place, map)?),
+    })
+}
+
+/// In no order.
+fn dump<K: aya::Pod, V: aya::Pod>(place: Place, map: BorrowedFd<'_>) -> Result<Vec<(K, V)>, Error> {
+    let size = sys::map_info(map).map(|i| i.max_entries as usize).unwrap_or(0);
+    sys::map_dump(map, size).map_err(reading(place))
+}
+
+fn read_classes(place: Place, map: BorrowedFd<'_>) -> Result<Vec<Vec<u16>>, Error> {
+    let mut classes = Vec::new();
+    for proto in 0..Proto::COUNT {
+        let mut bytes = vec![0u8; PORTS * 2];
+        let found = sys::map_lookup_into(map, &proto, &mut bytes).map_err(reading(place))?;
+        debug_assert!(found);
+        classes.push(bytes.chunks_exact(2).map(|c| u16::from_ne_bytes([c[0], c[1]])).collect());
+    }
+    Ok(classes)
+}
+
+fn reading(place: Place) -> impl FnOnce(io::Error) -> Error {
+    move |e| Error::sys(format!("read back {}", place.name()), e)
+}
+
+/// What a map holds, in any order: two sets of entries that differ have the same print once in about 2^64.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Print {
+    entries: u32,
+    sum: u128,
+}
+
+impl Print {
+    fn of<K: aya::Pod, V: aya::Pod>(sum: &Sum, entries: impl IntoIterator<Item = (K, V)>) -> Self {
+        let mut print = Self::default();
+        entries.into_iter().for_each(|(key, value)| print.add(sum, &key, &value));
+        print
+    }
+    fn add<K: aya::Pod, V: aya::Pod>(&mut self, sum: &Sum, key: &K, value: &V) {
+        self.entries = self.entries.saturating_add(1);
+        self.sum = self.sum.wrapping_add(sum.term([bytes(key), bytes(value)]));
     }
 }
 
-fn filling(index: usize) -> impl FnOnce(std::io::Error) -> Error {
-    move |e| Error::sys(format!("fill the map {}", OUTER[index]), e)
+impl std::fmt::Display for Print {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} entries with sum {:032x}", self.entries, self.sum)
+    }
 }
 
-fn reading(index: usize) -> impl FnOnce(std::io::Error) -> Error {
-    move |e| Error::sys(format!("read back {}", OUTER[index]), e)
+fn classes_print(classes: &[Vec<u16>], sum: &Sum) -> Print {
+    let mut print = Print::default();
+    for (proto, of_ports) in (0u32..).zip(classes) {
+        // SAFETY: as many bytes as the slice has, of plain numbers.
+        let row = unsafe { std::slice::from_raw_parts(of_ports.as_ptr().cast::<u8>(), size_of_val(&**of_ports)) };
+        print.entries += 1;
+        print.sum = print.sum.wrapping_add(sum.term([bytes(&proto), row]));
+    }
+    print
 }
 
-/// A sum over entries in any order, under keys that nobody knows before: two sets of the same size that differ have the same
-/// sum once in about 2^64. To sort a hundred thousand entries takes ten times as long.
+fn bytes<T: aya::Pod>(value: &T) -> &[u8] {
+    // SAFETY: what maps hold is plain data without padding: the kernel takes and gives every byte of it.
+    unsafe { std::slice::from_raw_parts((&raw const *value).cast::<u8>(), size_of::<T>()) }
+}
+
+/// Keys that nobody knows before, so that nobody can make two different maps with the same [`Print`]. A sum needs no order:
+/// to sort a hundred thousand entries takes ten times as long.
+#[derive(Debug)]
 struct Sum([u64; 4]);
 
-impl Sum {
-    fn new() -> Self {
+impl Default for Sum {
+    fn default() -> Self {
         use std::hash::BuildHasher;
         let state = std::hash::RandomState::new();
         // Odd, so that no multiplication forgets what it was given.
         Self([0u64, 1, 2, 3].map(|i| state.hash_one(i) | 1))
     }
+}
 
-    fn of<'e>(&self, entries: impl Iterator<Item = (&'e RuleKey, &'e RuleEntry)>) -> u128 {
-        entries.fold(0, |sum, (key, entry)| sum.wrapping_add(self.term(key, entry)))
-    }
-
-    fn term(&self, key: &RuleKey, entry: &RuleEntry) -> u128 {
-        let RuleKey { local, remote, class, proto, direction } = *key;
-        let RuleEntry { until, rule, pending_rule, next, action, reason, pending, flags } = *entry;
-        let pair = |high: u32, low: u32| u64::from(high) << 32 | u64::from(low);
-        let words = [
-            pair(local.0, remote.0),
-            pair(u32::from(class), u32::from_be_bytes([0, 0, proto, direction])),
-            until,
-            pair(rule, pending_rule),
-            pair(next, u32::from_be_bytes([action, reason, pending, flags])),
-        ];
+impl Sum {
+    /// Of one entry: its key and its value.
+    fn term(&self, entry: [&[u8]; 2]) -> u128 {
         let [a, b, c, d] = self.0;
-        let mix = |from: u64, by: u64| {
-            words.iter().fold(from, |state, word| {
+        let (mut first, mut second) = (a, c);
+        let mut add = |word: u64| {
+            let mix = |state: u64, by: u64| {
                 let wide = u128::from(state ^ word) * u128::from(by);
                 (wide as u64) ^ ((wide >> 64) as u64)
-            })
+            };
+            (first, second) = (mix(first, b), mix(second, d));
         };
-        u128::from(mix(a, b)) << 64 | u128::from(mix(c, d))
-    }
-}
-
-/// What the kernel holds in a slot, each map in the order of its keys.
-struct Held {
-    classes: Vec<Vec<u16>>,
-    rules: Vec<(RuleKey, RuleEntry)>,
-    timeline: Vec<(u32, RuleEntry)>,
-    locals: Vec<(u32, LocalEntry)>,
-    prefixes: Vec<(PrefixKey, u32)>,
-}
-
-impl Held {
-    /// Without the names, which the kernel never sees.
-    fn tables(self) -> Tables {
-        let Self { classes, rules, timeline, locals, prefixes } = self;
-        Tables {
-            classes,
-            rules: rules.into_iter().collect(),
-            timeline: timeline.into_iter().map(|(_, entry)| entry).collect(),
-            locals: locals.into_iter().map(|(k, v)| (Identity(k), v)).collect(),
-            prefixes: prefixes.into_iter().map(|(k, v)| (k, Identity(v))).collect(),
-            ..Tables::default()
+        for bytes in entry {
+            let (words, rest) = bytes.as_chunks::<8>();
+            words.iter().for_each(|word| add(u64::from_ne_bytes(*word)));
+            if !rest.is_empty() {
+                let mut last = [0; 8];
+                last[..rest.len()].copy_from_slice(rest);
+                add(u64::from_ne_bytes(last));
+            }
         }
+        u128::from(first) << 64 | u128::from(second)
     }
 }
 
-/// Lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_print_is_of_the_entries_and_not_of_their_order() {
+        let sum = Sum::default();
+        let print = |entries: &[(u64, u32)]| Print::of(&sum, entries.iter().copied());
+        let all = [(1, 2), (3, 4), (5, 6)];
+        assert_eq!(print(&all), print(&[all[2], all[0], all[1]]));
+        let others: [&[(u64, u32)]; 6] = [
+            &all[..2],
+            &[(1, 2), (3, 4), (5, 7)],
+            &[(1, 4), (3, 2), (5, 6)],
+            &[all[0], all[0], all[2]],
+            &[],
+            &[(0, 0)],
+        ];
+        for (i, other) in others.iter().enumerate() {
+            assert_ne!(print(&all).sum, print(other).sum, "{other:?}");
+            assert!(others[..i].iter().all(|before| print(before).sum != print(other).sum), "{other:?}");
+        }
+        // Every bit counts, in the key and in the value.
+        let one = print(&[(0, 0)]);
+        (0..64).for_each(|bit| assert_ne!(print(&[(1 << bit, 0)]), one));
+        (0..32).for_each(|bit| assert_ne!(print(&[(0, 1 << bit)]), one));
+        // And nobody knows it before.
+        assert_ne!(print(&all), Print::of(&Sum::default(), all));
+    }
 }

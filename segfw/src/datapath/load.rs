@@ -12,8 +12,8 @@ use segfw_common::ABI_VERSION;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// The object that build.rs made.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/segfw-ebpf"));
@@ -220,11 +220,11 @@ pub fn verify(features: Features) -> Result<Vec<Verified>, Error> {
 /// The programs and maps of this build in the kernel. Dropping it detaches nothing: links belong to their pins.
 pub struct Datapath {
     ebpf: Ebpf,
-    maps: BTreeMap<&'static str, OwnedFd>,
+    pub(super) maps: BTreeMap<&'static str, Arc<OwnedFd>>,
     /// Programs of the security checks, not loaded yet, and those that are.
     pub(super) security: BTreeMap<&'static str, Vec<Instruction>>,
     pub(super) checks: Mutex<BTreeMap<&'static str, OwnedFd>>,
-    pub(super) next: Mutex<super::generation::Next>,
+    pub(super) held: Mutex<super::generation::Held>,
     /// Folder of the pins of this layout.
     pub dir: PathBuf,
     /// What the programs use of this kernel.
@@ -271,7 +271,7 @@ impl Datapath {
         for name in PINNED_MAPS {
             let missing = || Error::Missing { kind: "map", name: name.to_owned() };
             let map = sys::get(&dir.join(name)).map_err(|e| Error::sys(format!("open the map {name}"), e))?;
-            let _ = maps.insert(name, map.ok_or_else(missing)?);
+            let _ = maps.insert(name, Arc::new(map.ok_or_else(missing)?));
         }
         // Data sections, and what is not pinned.
         let sections = ebpf.maps().filter_map(|(name, map)| {
@@ -280,12 +280,12 @@ impl Datapath {
         });
         let pinned = maps.iter().map(|(name, map)| ((*name).to_owned(), map.as_raw_fd()));
         let security = security::instructions(OBJECT, &sections.chain(pinned).collect())?;
-        Ok(Self { ebpf, maps, security, checks: Mutex::default(), next: Mutex::default(), dir, features })
+        Ok(Self { ebpf, maps, security, checks: Mutex::default(), held: Mutex::default(), dir, features })
     }
 
     /// A map by name.
     pub fn map(&self, name: &str) -> Result<BorrowedFd<'_>, Error> {
-        self.maps.get(name).map(AsFd::as_fd).ok_or_else(|| Error::Missing { kind: "map", name: name.to_owned() })
+        self.maps.get(name).map(|map| map.as_fd()).ok_or_else(|| Error::Missing { kind: "map", name: name.to_owned() })
     }
 
     /// A loaded program by name.

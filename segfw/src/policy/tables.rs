@@ -146,18 +146,16 @@ impl Tables {
             digest.put(&grants.to_le_bytes());
             digest.put(&[default[0], default[1], *default_reason]);
         }
-        digest.prefixes(&self.prefixes);
+        digest.section(b"prefixes", self.prefixes.len());
+        for (PrefixKey { bits, addr }, identity) in &self.prefixes {
+            digest.put(&bits.to_le_bytes());
+            digest.put(&addr.octets());
+            digest.put(&identity.0.to_le_bytes());
+        }
         digest.section(b"classes", self.classes.len());
         for class in self.classes.iter().flatten() {
             digest.put(&class.to_le_bytes());
         }
-        digest.finish()
-    }
-
-    /// A digest of the prefixes alone.
-    pub fn prefixes_digest(&self) -> [u8; 32] {
-        let mut digest = Digest::new();
-        digest.prefixes(&self.prefixes);
         digest.finish()
     }
 
@@ -203,15 +201,6 @@ impl Digest {
 
     fn new() -> Self {
         Self { sha: Sha256::new(), buffer: Vec::with_capacity(Self::CHUNK + 64) }
-    }
-
-    fn prefixes(&mut self, prefixes: &BTreeMap<PrefixKey, Identity>) {
-        self.section(b"prefixes", prefixes.len());
-        for (PrefixKey { bits, addr }, identity) in prefixes {
-            self.put(&bits.to_le_bytes());
-            self.put(&addr.octets());
-            self.put(&identity.0.to_le_bytes());
-        }
     }
 
     fn put(&mut self, bytes: &[u8]) {

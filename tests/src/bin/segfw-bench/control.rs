@@ -13,7 +13,7 @@ use segfw::policy::document::Document;
 use segfw::policy::host_policy::Labels;
 use segfw::policy::tables::Numbers;
 use segfw::policy::{HostPolicy, HostSettings, Inventory, Known, Tables};
-use segfw_common::{ABI_VERSION, CgroupEntry, Identity, bounds};
+use segfw_common::{ABI_VERSION, CgroupEntry, Identity};
 use segfw_tests::policy::CGROUP;
 use segfw_tests::scratch::{Scratch, cgroup_id, enter};
 use std::collections::BTreeMap;
@@ -347,7 +347,7 @@ fn maps(stage: &Stage) -> Result<(f64, f64)> {
         if !["CLASSES", "RULES", "TIMELINE", "LOCALS", "PREFIXES"].contains(&name) {
             continue;
         }
-        for slot in 0..bounds::SLOTS {
+        for slot in 0..sys::map_info(map.as_fd())?.max_entries {
             if let Some(map) = sys::outer_get(map.as_fd(), slot)? {
                 inner += memlock(map.as_fd())?;
             }
