@@ -33,7 +33,7 @@ pub use load::read_dir_recursive;
 pub use problem::{Problem, Problems, Severity};
 pub use resolve::{HostSettings, digest, read, resolve};
 pub use tables::{Tables, TablesView};
-pub use workload::{CgroupFacts, UnitFacts, UserFacts, conflicts, labels_for, managed_parents};
+pub use workload::{CgroupFacts, UnitFacts, UserFacts, Workloads, conflicts, labels_for, managed_parents};
 
 #[cfg(test)]
 mod tests;

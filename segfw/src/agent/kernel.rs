@@ -10,9 +10,9 @@ impl Core {
     /// Makes the kernel's registry equal to ours. True if a cgroup that was there now is somebody else.
     pub(super) fn write_cgroups(&mut self) -> anyhow::Result<bool> {
         let want = self.registry.entries(&mut self.saved.numbers);
-        let paths = self.registry.paths(&mut self.saved.numbers);
+        let paths = self.registry.says_otherwise().then(|| self.registry.paths(&mut self.saved.numbers));
         // Somebody who judges by the tables of before must not meet the labels of after: those tables do not know them.
-        if (want != self.cgroups || paths != self.paths)
+        if (want != self.cgroups || paths.as_ref().is_some_and(|paths| *paths != self.paths))
             && let Err(error) = self.datapath.settle()
         {
             tracing::warn!("{error}");
@@ -39,7 +39,14 @@ impl Core {
                 }
             }
         }
-        full += self.write_paths(paths)?;
+        if let Some(paths) = paths {
+            let left_out = self.write_paths(paths)?;
+            full += left_out;
+            // What did not fit is tried again with the next change of the tree.
+            if left_out == 0 {
+                self.registry.was_told();
+            }
+        }
         let gone: Vec<u64> = self.cgroups.keys().filter(|id| !want.contains_key(id)).copied().collect();
         for id in gone {
             let _ = self.datapath.remove_cgroup(id)?;
@@ -171,9 +178,9 @@ impl Core {
 
     /// Somebody may be somebody else now: the kernel is told.
     fn relabel(&mut self) {
-        let sets = self.registry.label_sets();
         let new = match &self.in_force {
-            Some(f) => {
+            Some(f) if self.registry.says_otherwise() => {
+                let sets = self.registry.label_sets();
                 let known: BTreeSet<&Labels> = f
                     .tables
                     .identities
@@ -185,7 +192,7 @@ impl Core {
                     .collect();
                 sets.iter().any(|labels| !known.contains(labels))
             }
-            None => false,
+            Some(_) | None => false,
         };
         if new {
             // Labels that no table knows yet (several documents on one cgroup): the tables come first.

@@ -5,7 +5,9 @@ use crate::host::runtime::{self, Listing};
 use crate::policy::document::{Matcher, WorkloadDoc};
 use crate::policy::host_policy::Labels;
 use crate::policy::tables::Numbers;
-use crate::policy::{CgroupFacts, Known, Problem, UnitFacts, UserFacts, conflicts, labels_for, managed_parents};
+use crate::policy::{
+    CgroupFacts, Known, Problem, UnitFacts, UserFacts, Workloads, conflicts, labels_for, managed_parents,
+};
 use segfw_common::state::PathKey;
 use segfw_common::{CgroupEntry, Identity, bounds};
 use std::collections::{BTreeMap, BTreeSet};
@@ -55,7 +57,8 @@ pub const REMEMBERED: usize = 4_096;
 #[derive(Clone, Debug, Default)]
 pub struct Registry {
     tree: BTreeMap<PathBuf, Node>,
-    docs: Vec<WorkloadDoc>,
+    /// Shared, since a registry is copied to be tried.
+    docs: Arc<Workloads>,
     managed: BTreeSet<PathBuf>,
     host_labels: Labels,
     /// Where the part of the tree begins that the agent answers for: units are looked for below it.
@@ -63,12 +66,16 @@ pub struct Registry {
     /// Paths of workloads that ran here and may run again, and when each was last seen.
     remembered: BTreeMap<PathBuf, u64>,
     tick: u64,
-    /// What the container runtimes said last; shared, since a registry is copied to be tried.
+    /// What the container runtimes said last; shared as well.
     containers: Arc<Listing>,
     /// Where runtimes make containers whose path alone does not say so.
     folders: Arc<BTreeSet<String>>,
     /// Do the documents ask what a container is?
     asks: bool,
+    /// See [`Self::learn_beginnings`].
+    beginnings: Arc<BTreeSet<String>>,
+    /// See [`Self::says_otherwise`].
+    otherwise: bool,
     /// Batches of changes so far.
     batch: u64,
     /// The batch up to which `containers` is complete.
@@ -93,7 +100,7 @@ impl Registry {
 
     /// The same without documents.
     pub fn without_documents(&self) -> Self {
-        Self { docs: Vec::new(), managed: BTreeSet::new(), ..self.clone() }
+        Self { docs: Arc::default(), managed: BTreeSet::new(), ..self.clone() }
     }
 
     /// Other documents: every cgroup may mean something else now.
@@ -101,7 +108,8 @@ impl Registry {
         self.managed = managed_parents(&docs).into_iter().map(PathBuf::from).collect();
         let asks = |m: &Matcher| matches!(m, Matcher::Container { .. } | Matcher::Pod { .. });
         self.asks = docs.iter().flat_map(|d| &d.matches).any(|m| asks(&m.value));
-        self.docs = docs;
+        self.docs = Arc::new(docs.into());
+        self.learn_beginnings();
         let _ = self.look_again(|_| true);
     }
 
@@ -116,6 +124,7 @@ impl Registry {
             node.standing = standing;
         }
         self.tree = tree;
+        self.otherwise |= changed;
         changed
     }
 
@@ -150,10 +159,22 @@ impl Registry {
         if !same {
             self.containers = Arc::new(listing);
             self.folders = Arc::new(self.container_folders());
+            self.learn_beginnings();
         }
         self.listed = batch;
         // Most answers are the same again: then only what waits is worth a look.
         self.look_again(|standing| !same || *standing == Standing::Unresolved)
+    }
+
+    /// Has anything changed that [`Self::label_sets`] or [`Self::paths`] speaks of, since [`Self::was_told`]? Most cgroups
+    /// that come and go are nobody's, and both take long where there are many documents.
+    pub fn says_otherwise(&self) -> bool {
+        self.otherwise
+    }
+
+    /// The kernel holds what is said now.
+    pub fn was_told(&mut self) {
+        self.otherwise = false;
     }
 
     /// Takes note of what happened in the tree.
@@ -163,11 +184,14 @@ impl Registry {
             match change {
                 Change::Appeared { path, id } => {
                     let standing = self.look(path, self.batch);
+                    self.otherwise |= standing != Standing::None || self.is_below_a_beginning(path);
                     self.remember(path, &standing);
                     let _ = self.tree.insert(path.clone(), Node { id: *id, batch: self.batch, standing });
                 }
                 Change::Gone { path, .. } => {
-                    let _ = self.tree.remove(path);
+                    let gone = self.tree.remove(path);
+                    let was_somebody = gone.is_some_and(|node| node.standing != Standing::None);
+                    self.otherwise |= was_somebody || self.is_below_a_beginning(path);
                 }
             }
         }
@@ -280,7 +304,7 @@ impl Registry {
     /// one that starts, so that it is enforced under its own labels at once.
     pub fn label_sets(&self) -> Vec<Labels> {
         let mut sets: BTreeSet<Labels> = self.workloads().into_iter().map(|w| w.labels).collect();
-        for doc in &self.docs {
+        for doc in self.docs.iter() {
             let mut labels = self.host_labels.clone();
             labels.extend(doc.labels.clone());
             let _ = sets.insert(labels);
@@ -328,11 +352,12 @@ impl Registry {
         let entry = |identity: Identity, flags| CgroupEntry { identity: identity.0, workload: 0, flags, pad: 0 };
         let flags = |path: &Path| if self.managed.contains(path) { CgroupEntry::MANAGED } else { 0 };
         let bytes = |path: &Path| path.as_os_str().as_encoded_bytes().to_vec();
-        let beginnings = self.beginnings();
-        let below = |path: &Path| beginnings.iter().any(|b| bytes(path).starts_with(b.as_bytes()));
+        let below = |path: &Path| self.is_below_a_beginning(path);
         let mut all: Vec<(PathKey, CgroupEntry)> = Vec::new();
         all.extend(
-            beginnings.iter().filter_map(|b| Some((PathKey::beginning(b.as_bytes())?, entry(Identity::UNRESOLVED, 0)))),
+            self.beginnings
+                .iter()
+                .filter_map(|b| Some((PathKey::beginning(b.as_bytes())?, entry(Identity::UNRESOLVED, 0)))),
         );
         let living = self.tree.iter().filter(|(_, node)| matches!(node.standing, Standing::Workload(..)));
         let living = living.map(|(path, _)| path.clone());
@@ -379,8 +404,13 @@ impl Registry {
         texts.filter(|path| !path.to_string_lossy().contains(WILD))
     }
 
-    /// How the paths begin that patterns are about: a cgroup that is made there is no host process.
-    fn beginnings(&self) -> BTreeSet<String> {
+    fn is_below_a_beginning(&self, path: &Path) -> bool {
+        self.beginnings.iter().any(|b| begins(path, b))
+    }
+
+    /// How the paths begin that patterns are about: a cgroup that is made there is no host process. To be called where
+    /// documents or folders are others.
+    fn learn_beginnings(&mut self) {
         let literal = |text: &str| text.find(WILD).and_then(|wild| text.get(..wild)).map(str::to_owned);
         let below = |folder: &str, rest: &str| format!("{}/{rest}", self.root.join(folder).display());
         let found = self.docs.iter().flat_map(|d| &d.matches).filter_map(|m| match &m.value {
@@ -404,7 +434,8 @@ impl Registry {
             true => runtime::path::prefixes().iter().copied().chain(self.folders()).map(str::to_owned).collect(),
             false => BTreeSet::new(),
         };
-        found.chain(containers).collect()
+        self.beginnings = Arc::new(found.chain(containers).collect());
+        self.otherwise = true;
     }
 
     /// Paths by id, and the workload each belongs to.
@@ -559,6 +590,31 @@ mod tests {
         }
         assert_eq!(registry.remembered.len(), REMEMBERED);
         assert_eq!(identity(&registry.paths(&mut numbers), "/machine.slice/pg-1"), Some(Identity::UNRESOLVED.0));
+    }
+
+    #[test]
+    fn who_is_nobody_changes_nothing_that_is_said() {
+        let mut registry = registry(DOCS, &[("/", 1), ("/machine.slice", 2)]);
+        let mut numbers = Numbers::default();
+        let appeared = |path: &str| Change::Appeared { path: path.into(), id: 9 };
+        let gone = |path: &str| Change::Gone { path: path.into(), id: 9 };
+        let mut told = (registry.paths(&mut numbers), registry.label_sets());
+        registry.was_told();
+        let mut otherwise = Vec::new();
+        for path in ["/system.slice", "/system.slice/other.service", "/machine.slice/x", "/machine.slice/pg-1/y"]
+            .into_iter()
+            .chain(["/system.slice/nginx.service", "/machine.slice/pg-1", "/machine.slice/pg-"])
+        {
+            for change in [appeared(path), gone(path)] {
+                registry.apply(&[change]);
+                let now = (registry.paths(&mut numbers), registry.label_sets());
+                assert!(registry.says_otherwise() || now == told, "{path}");
+                otherwise.push(registry.says_otherwise());
+                registry.was_told();
+                told = now;
+            }
+        }
+        assert_eq!(otherwise, [[false; 6].as_slice(), &[true; 8]].concat());
     }
 
     #[test]

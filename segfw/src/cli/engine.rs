@@ -8,7 +8,7 @@ use crate::control::{answer, trial};
 use crate::datapath::left::{self, Left};
 use crate::host::{cgroup, doctor};
 use crate::policy::compile::{Clock, CompileProblem, compile};
-use crate::policy::document::{Document, Matcher, WorkloadDoc};
+use crate::policy::document::{Document, Matcher};
 use crate::policy::explain::View;
 use crate::policy::host_policy::{HostPolicy, Labels};
 use crate::policy::load::{LoadError, read_dir_recursive};
@@ -62,7 +62,7 @@ struct Loaded {
     files: usize,
     segments: usize,
     rules: usize,
-    workloads: Vec<WorkloadDoc>,
+    workloads: policy::Workloads,
     documents: Vec<Document>,
     policy: HostPolicy,
     /// Sorted by position.
@@ -101,6 +101,7 @@ impl Loaded {
             }
         }
         let clock = Clock { wall: now, boot_ns: BOOT };
+        let workloads = workloads.into();
         Self { files: files.len(), segments, rules, workloads, documents: docs, policy, problems, clock }
     }
 

@@ -284,7 +284,7 @@ mod tests {
     /// Numbers with names in half of the cases, and a name that has to be escaped.
     fn names() -> Names {
         let mut names = fixed::names();
-        for who in names.identities.values_mut() {
+        for who in std::sync::Arc::make_mut(&mut names.identities).values_mut() {
             if who.name.len() % 2 == 0 {
                 who.name = "a \"quoted\" name\n".into();
             }

@@ -366,8 +366,8 @@ impl RuleNames {
 pub struct Names {
     /// This host.
     pub host: Text,
-    /// By identity.
-    pub identities: BTreeMap<u32, Who>,
+    /// By identity. Shared, since a snapshot is taken whenever a cgroup comes or goes.
+    pub identities: Arc<BTreeMap<u32, Who>>,
     /// By rule number.
     pub rules: RuleNames,
     /// By cgroup id.
@@ -392,7 +392,7 @@ impl Names {
         let known = before == Some(segments);
         for (identity, name) in identities {
             if !known || !self.identities.contains_key(&identity.0) {
-                let _ = self.identities.insert(identity.0, who(name, segments));
+                let _ = Arc::make_mut(&mut self.identities).insert(identity.0, who(name, segments));
             }
         }
         self.learn_rules(rules.iter().map(|(number, name)| (*number, name)));

@@ -4,6 +4,7 @@ use super::container::{ContainerFacts, PodFacts};
 use super::document::{LabelGlobs, Matcher, WorkloadDoc};
 use super::host_policy::{Labels, Position};
 use super::problem::{Problem, quote};
+use foldhash::{HashMap, HashMapExt as _};
 use std::collections::BTreeMap;
 
 /// Bytes of one glob. A cgroup path has at most 4,096, and no one writes such a pattern.
@@ -91,11 +92,13 @@ impl UnitFacts {
     /// Does a pattern for services mean this unit? A socket unit is its service: systemd makes the listener in the cgroup
     /// of `foo.socket`, and what `foo.service` accepts from it stays there. With `Accept=yes` the service is a template.
     fn is(&self, glob: &Glob) -> bool {
-        if glob.matches(&self.name) {
-            return true;
-        }
-        let Some(socket) = self.name.strip_suffix(".socket") else { return false };
-        glob.matches(&format!("{socket}.service")) || glob.matches(&format!("{socket}@.service"))
+        glob.matches(&self.name) || self.services().iter().flatten().any(|service| glob.matches(service))
+    }
+
+    /// Of a socket unit: its service, as a unit and as a template.
+    fn services(&self) -> Option<[String; 2]> {
+        let socket = self.name.strip_suffix(".socket")?;
+        Some([format!("{socket}.service"), format!("{socket}@.service")])
     }
 }
 
@@ -135,17 +138,72 @@ impl WorkloadDoc {
     }
 }
 
-/// The documents that match, in the order of their names: independent of files and their order.
-fn matching<'d>(docs: &'d [WorkloadDoc], facts: &CgroupFacts) -> Vec<&'d WorkloadDoc> {
-    let mut found: Vec<_> = docs.iter().filter(|d| d.is_match(facts)).collect();
-    found.sort_by(|a, b| a.meta.name.cmp(&b.meta.name));
-    found
+/// Workload documents, and which of them a cgroup must be tried on: every cgroup that is made is looked up, and most of a
+/// thousand documents name one unit or one path.
+#[derive(Clone, Debug, Default)]
+pub struct Workloads {
+    docs: Vec<WorkloadDoc>,
+    /// Documents by the units and paths that they name without a wildcard.
+    by_name: HashMap<String, Vec<usize>>,
+    /// Those that name something else.
+    others: Vec<usize>,
+}
+
+impl From<Vec<WorkloadDoc>> for Workloads {
+    fn from(docs: Vec<WorkloadDoc>) -> Self {
+        let (mut by_name, mut others) = (HashMap::<String, Vec<usize>>::new(), Vec::new());
+        for (i, doc) in docs.iter().enumerate() {
+            let names: Option<Vec<&str>> = doc.matches.iter().map(|m| m.value.literal()).collect();
+            match names {
+                Some(names) => names.into_iter().for_each(|name| by_name.entry(name.to_owned()).or_default().push(i)),
+                None => others.push(i),
+            }
+        }
+        Self { docs, by_name, others }
+    }
+}
+
+impl std::ops::Deref for Workloads {
+    type Target = [WorkloadDoc];
+    fn deref(&self) -> &Self::Target {
+        &self.docs
+    }
+}
+
+impl Workloads {
+    /// The documents that match, in the order of their names: independent of files and their order.
+    fn matching(&self, facts: &CgroupFacts) -> Vec<&WorkloadDoc> {
+        let mut tried = self.others.clone();
+        let mut named = |name: &str| tried.extend(self.by_name.get(name).into_iter().flatten());
+        named(&facts.path);
+        if let Some(unit) = &facts.unit {
+            named(&unit.name);
+            unit.services().iter().flatten().for_each(|service| named(service));
+        }
+        tried.sort_unstable();
+        tried.dedup();
+        let mut found: Vec<_> = tried.into_iter().map(|i| &self.docs[i]).filter(|d| d.is_match(facts)).collect();
+        found.sort_by(|a, b| a.meta.name.cmp(&b.meta.name));
+        found
+    }
+}
+
+impl Matcher {
+    /// The unit or path without which it cannot match; `None` = it is a pattern, or about something else.
+    fn literal(&self) -> Option<&str> {
+        match self {
+            Self::SystemdUnit(glob) | Self::SystemdUserUnit { unit: glob, .. } | Self::Cgroup(glob) => {
+                glob.matcher.is_none().then_some(&glob.text)
+            }
+            Self::Container { .. } | Self::Pod { .. } => None,
+        }
+    }
 }
 
 /// The names of the documents that match (joined with `+`), and the labels they give: over those of the host, and the
 /// first name wins where two disagree (see [`conflicts`]). `None` = no workload.
-pub fn labels_for(docs: &[WorkloadDoc], facts: &CgroupFacts, host_labels: &Labels) -> Option<(String, Labels)> {
-    let found = matching(docs, facts);
+pub fn labels_for(docs: &Workloads, facts: &CgroupFacts, host_labels: &Labels) -> Option<(String, Labels)> {
+    let found = docs.matching(facts);
     if found.is_empty() {
         return None;
     }
@@ -158,10 +216,10 @@ pub fn labels_for(docs: &[WorkloadDoc], facts: &CgroupFacts, host_labels: &Label
 }
 
 /// Where documents that match the same cgroup disagree about a label.
-pub fn conflicts(docs: &[WorkloadDoc], facts: &CgroupFacts) -> Vec<Problem> {
+pub fn conflicts(docs: &Workloads, facts: &CgroupFacts) -> Vec<Problem> {
     let mut first: BTreeMap<&str, (&str, &WorkloadDoc)> = BTreeMap::new();
     let mut problems = Vec::new();
-    for doc in matching(docs, facts) {
+    for doc in docs.matching(facts) {
         for (key, value) in &doc.labels {
             let (other, by) = *first.entry(key).or_insert((value, doc));
             if other != value {
@@ -217,16 +275,14 @@ mod tests {
     use crate::policy::container::Kind;
     use crate::policy::document::{Document, parse};
 
-    fn docs(text: &str) -> Vec<WorkloadDoc> {
+    fn docs(text: &str) -> Workloads {
         let (documents, problems) = parse(&[("w.yaml".into(), text.into())]);
         assert!(problems.is_empty(), "{problems:?}");
-        documents
-            .into_iter()
-            .filter_map(|d| match d {
-                Document::Workload(d) => Some(d),
-                Document::Segment(_) | Document::Policy(_) | Document::Test(_) => None,
-            })
-            .collect()
+        let workloads = documents.into_iter().filter_map(|d| match d {
+            Document::Workload(d) => Some(d),
+            Document::Segment(_) | Document::Policy(_) | Document::Test(_) => None,
+        });
+        workloads.collect::<Vec<_>>().into()
     }
     fn doc(name: &str, matcher: &str, labels: &str) -> String {
         format!(
@@ -275,6 +331,40 @@ mod tests {
             let facts = CgroupFacts { path: path.into(), unit: unit.map(UnitFacts::system), ..CgroupFacts::default() };
             assert_eq!(labels_for(&docs, &facts, &Labels::new()).is_some(), hit, "{matcher} {path}");
         }
+    }
+
+    #[test]
+    fn a_document_that_is_not_tried_does_not_match() {
+        let matchers = [
+            "systemdUnit: web.service",
+            "systemdUnit: web@.service",
+            "systemdUnit: web.socket",
+            r#"systemdUnit: "we*.service""#,
+            "systemdUserUnit: {unit: web.service, user: '7'}",
+            "cgroup: /a/web.service",
+            r#"cgroup: "/a/*""#,
+            r#"container: {name: "*"}"#,
+            // One of two is a pattern.
+            r#"cgroup: /b}, {cgroup: "/c*""#,
+            "cgroup: /b}, {systemdUnit: db.service",
+        ];
+        let text: String = matchers.iter().enumerate().map(|(i, m)| doc(&format!("w{i:02}"), m, "app: w")).collect();
+        let docs = docs(&text);
+        let user = |uid| Some(UserFacts { uid, name: None });
+        let mut hits = 0;
+        for path in ["/a/web.service", "/b", "/c1", "/x"] {
+            for unit in ["web.service", "web.socket", "web@.service", "web@1.service", "wex.service", "db.socket", ""] {
+                for user in [None, user(7), user(8)] {
+                    let unit = (!unit.is_empty()).then(|| UnitFacts { name: unit.to_owned(), user });
+                    let facts = CgroupFacts { path: path.into(), unit, ..CgroupFacts::default() };
+                    let names = |docs: Vec<&WorkloadDoc>| docs.iter().map(|d| d.meta.name.clone()).collect::<Vec<_>>();
+                    let all = names(docs.iter().filter(|d| d.is_match(&facts)).collect());
+                    assert_eq!(names(docs.matching(&facts)), all, "{facts:?}");
+                    hits += all.len();
+                }
+            }
+        }
+        assert!(hits > 80, "{hits}");
     }
 
     #[test]
