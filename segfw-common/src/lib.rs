@@ -68,9 +68,9 @@ pub mod bounds {
     pub const TIMELINE_HOPS: u32 = 16;
     /// Slots for generations: the active one, the next one, and room for one that is being read.
     pub const SLOTS: u32 = 4;
-    /// Maps among which the rules of a generation are divided, by [`crate::RuleKey::shard`]: what a change of one rule makes
-    /// anew is one of them. A power of two.
-    pub const RULE_SHARDS: u32 = 16;
+    /// Most maps among which the rules of a generation are divided, by [`crate::RuleKey::shard`]: what a change of one rule
+    /// makes anew is one of them. A power of two.
+    pub const RULE_SHARDS: u32 = 256;
     /// Rules that have counters of their own. Full: counted under rule 0.
     pub const RULE_COUNTERS: u32 = 1 << 17;
     /// Different denials that are counted while single events are held back.
@@ -88,10 +88,13 @@ pub mod bounds {
 
 /// Indices into the `CONTROL` array (one `u64` each).
 pub mod control {
-    /// `generation << 32 | slot`: one word, so a reader never sees one without the other. 0 = no policy yet.
+    /// `generation << 32 | bits << 8 | slot`: one word, so a reader never sees one without the others. The rules are in
+    /// `2^bits` maps. 0 = no policy yet.
     /// The generation rises with each revision, and with each change of the cgroup registry or of this host's
     /// addresses (the slot then stays): whatever a verdict rested on, a new number makes it stale.
     pub const ACTIVE: u32 = 0;
+    /// Where `bits` begins in the word of [`ACTIVE`].
+    pub const SHARDS_SHIFT: u32 = 8;
     /// Bits of `HOST_*`.
     pub const FLAGS: u32 = 1;
     /// Entries in the array.

@@ -184,15 +184,15 @@ pub struct RuleKey {
 }
 
 impl RuleKey {
-    /// Which of the [`bounds::RULE_SHARDS`] maps holds this key.
+    /// Which of `2^bits` maps holds this key; `bits` is at most that of [`bounds::RULE_SHARDS`].
     #[inline(always)]
-    pub const fn shard(&self) -> u32 {
+    pub const fn shard(&self, bits: u32) -> u32 {
         // The high bits of products with odd numbers depend on all bits below (Knuth, TAOCP 6.4): numbers that are given in
         // turn, as identities are, spread evenly.
         let mixed = self.local.0.wrapping_mul(0x9e37_79b1)
             ^ self.remote.0.wrapping_mul(0x85eb_ca77)
             ^ (self.class as u32).wrapping_mul(0xc2b2_ae3d);
-        mixed >> (32 - bounds::RULE_SHARDS.trailing_zeros())
+        (((mixed as u64) << (bits & 31)) >> 32) as u32 & (bounds::RULE_SHARDS - 1)
     }
 }
 
@@ -348,10 +348,12 @@ mod tests {
             &|i| key(256 + i, 257 + i, CLASS_ANY),
         ];
         for (shape, make) in shapes.iter().enumerate() {
-            let mut shards = [0; bounds::RULE_SHARDS as usize];
-            (0..4096).for_each(|i| shards[make(i).shard() as usize] += 1);
-            let mean = 4096 / bounds::RULE_SHARDS;
-            assert!(shards.iter().all(|n| (mean / 2..mean * 2).contains(n)), "shape {shape}: {shards:?}");
+            for bits in [0, 4, bounds::RULE_SHARDS.trailing_zeros()] {
+                let mut shards = vec![0; 1 << bits];
+                (0..1 << 16).for_each(|i| shards[make(i).shard(bits) as usize] += 1);
+                let mean = (1 << 16) >> bits;
+                assert!(shards.iter().all(|n| (mean / 2..=mean * 2).contains(n)), "shape {shape}: {shards:?}");
+            }
         }
     }
 }

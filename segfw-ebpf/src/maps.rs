@@ -376,13 +376,17 @@ pub struct Kernel {
     /// Generation; 0 = no policy yet.
     pub generation: u32,
     slot: u32,
+    /// The rules are in `2^bits` maps.
+    bits: u32,
 }
 
 impl Kernel {
     #[inline(always)]
     pub fn read() -> Self {
         let active = CONTROL.get(control::ACTIVE).copied().unwrap_or(0);
-        Self { generation: (active >> 32) as u32, slot: active as u32 & (bounds::SLOTS - 1) }
+        let (generation, place) = ((active >> 32) as u32, active as u32);
+        let slot = place & (bounds::SLOTS - 1);
+        Self { generation, slot, bits: place >> control::SHARDS_SHIFT & 31 }
     }
 }
 
@@ -414,7 +418,7 @@ impl Lookup for Kernel {
     }
     #[inline(always)]
     fn rule(&self, key: &RuleKey) -> Option<RuleEntry> {
-        let map = RULES.get(self.slot * SHARDS + key.shard())?;
+        let map = RULES.get(self.slot * SHARDS + key.shard(self.bits))?;
         // SAFETY: frozen map.
         unsafe { map.get(key).map(entry) }
     }

@@ -140,7 +140,7 @@ fn reads_back(datapath: &Datapath, pair: &Pair) -> Result<()> {
     for tables in &pair.tables {
         let active = datapath.publish(tables)?;
         ensure!(active == datapath.active()?);
-        let back = datapath.read_back(active.slot)?;
+        let back = datapath.read_back(active)?;
         ensure!(back.digest() == tables.digest(), "the digest differs");
         ensure!(back.rules == tables.rules && back.locals == tables.locals && back.prefixes == tables.prefixes);
         ensure!(back.timeline == tables.timeline && back.classes == tables.classes);
@@ -165,13 +165,13 @@ fn reads_back(datapath: &Datapath, pair: &Pair) -> Result<()> {
 }
 
 fn frozen(datapath: &Datapath) -> Result<()> {
-    let slot = datapath.active()?.slot;
+    let active = datapath.active()?;
     let refused = |what: &str, result: std::io::Result<()>| match result {
         Err(e) if e.raw_os_error() == Some(libc::EPERM) => Ok(()),
         other => bail!("{what}: {other:?}"),
     };
     let mut maps = 0;
-    for (name, index) in OUTER.iter().flat_map(|(name, n)| (0..*n).map(move |shard| (name, slot * n + shard))) {
+    for (name, index) in OUTER.iter().flat_map(|(name, n)| (0..*n).map(move |shard| (name, active.slot * n + shard))) {
         // No entries, no map.
         let Some(map) = sys::outer_get(datapath.map(name)?, index)? else { continue };
         maps += 1;
@@ -186,7 +186,8 @@ fn frozen(datapath: &Datapath) -> Result<()> {
 
 fn empty_but(datapath: &Datapath, used: u32) -> Result<()> {
     for slot in (0..bounds::SLOTS).filter(|slot| *slot != used) {
-        let maps = datapath.inner_maps(slot)?;
+        let bits = bounds::RULE_SHARDS.trailing_zeros();
+        let maps = datapath.inner_maps(Active { generation: 0, slot, bits })?;
         ensure!(maps.iter().all(|id| *id == 0), "slot {slot} is not empty: {maps:?}");
     }
     Ok(())
@@ -195,14 +196,14 @@ fn empty_but(datapath: &Datapath, used: u32) -> Result<()> {
 fn touched(datapath: &Datapath, pair: &Pair) -> Result<()> {
     let before = datapath.publish(&pair.tables[0])?;
     let after = datapath.touch()?;
-    ensure!(after == Active { generation: before.generation + 1, slot: before.slot }, "{before:?}, then {after:?}");
+    ensure!(after == Active { generation: before.generation + 1, ..before }, "{before:?}, then {after:?}");
     same(datapath, pair, after)
 }
 
 /// The first tables of the pair are in force, as this generation.
 fn same(datapath: &Datapath, pair: &Pair, active: Active) -> Result<()> {
     ensure!(datapath.active()? == active, "{:?} is in force, not {active:?}", datapath.active()?);
-    ensure!(datapath.read_back(active.slot)?.digest() == pair.tables[0].digest(), "other tables are in force");
+    ensure!(datapath.read_back(active)?.digest() == pair.tables[0].digest(), "other tables are in force");
     for (flow, answers) in &pair.flows {
         let got = ask(datapath, flow)?;
         ensure!(got == answers[0], "{flow:?}: {got:?} instead of {:?}", answers[0]);
@@ -252,7 +253,7 @@ fn starved(datapath: &Datapath, pair: &Pair) -> Result<()> {
     let free = std::fs::File::open("/dev/null")?;
     let next = std::os::fd::AsRawFd::as_raw_fd(&free) as u64;
     drop(free);
-    let before = datapath.inner_maps(active.slot)?;
+    let before = datapath.inner_maps(active)?;
     for room in 0..64 {
         setrlimit(Resource::RLIMIT_NOFILE, next + room, hard)?;
         let result = datapath.publish(&pair.tables[1]);
@@ -265,7 +266,7 @@ fn starved(datapath: &Datapath, pair: &Pair) -> Result<()> {
                 continue;
             }
         };
-        let made = datapath.inner_maps(active.slot)?.into_iter().filter(|id| *id != 0 && !before.contains(id)).count();
+        let made = datapath.inner_maps(active)?.into_iter().filter(|id| *id != 0 && !before.contains(id)).count();
         ensure!(room >= made as u64 && made > 3, "{room} descriptors were enough for {made} maps");
         return Ok(());
     }
@@ -283,21 +284,21 @@ fn again(datapath: &Datapath, scratch: &Scratch, pair: &Pair) -> Result<()> {
     }
     let later = Datapath::load(scratch.pins())?;
     let mut active = datapath.publish(&tables)?;
-    ensure!(datapath.inner_maps(active.slot)?[RULES..].iter().all(|id| *id != 0), "a shard of 6,000 rules is empty");
-    for round in 0..9u32 {
+    ensure!(active.bits == 1, "6,000 rules are in 2^{} maps", active.bits);
+    for round in 0..10u32 {
         // Also where programs of the generation before may still run.
         if round % 2 == 0 {
             datapath.settle()?;
             empty_but(datapath, active.slot)?;
         }
-        let before = datapath.inner_maps(active.slot)?;
+        let before = datapath.inner_maps(active)?;
         // One more, one less, one with another answer.
         let keys = [
             RuleKey { local: Identity(200_000 + round), ..key },
             RuleKey { local: Identity(100_000 + round), ..key },
             RuleKey { local: Identity(105_000 + round), ..key },
         ];
-        let mut changed: Vec<usize> = keys.iter().map(|key| RULES + key.shard() as usize).collect();
+        let mut changed: Vec<usize> = keys.iter().map(|key| RULES + key.shard(active.bits) as usize).collect();
         match round {
             0 => changed.clear(),
             1 => {
@@ -315,6 +316,12 @@ fn again(datapath: &Datapath, scratch: &Scratch, pair: &Pair) -> Result<()> {
             4 => {
                 let _ = tables.locals.insert(Identity(100_000), segfw_common::LocalEntry::default());
                 changed = vec![3];
+            }
+            // So many that they are divided among more maps.
+            9 => {
+                let more = (0..20_000u32).map(|i| (RuleKey { local: Identity(300_000 + i), ..key }, entry));
+                tables.rules.extend(more);
+                changed = (RULES..RULES + 8).collect();
             }
             _ => {
                 let _ = tables.rules.insert(keys[0], entry);
@@ -335,9 +342,9 @@ fn again(datapath: &Datapath, scratch: &Scratch, pair: &Pair) -> Result<()> {
         let next = by.publish(&tables)?;
         ensure!(next.generation == active.generation + 1 && next.slot != active.slot, "{active:?}, then {next:?}");
         ensure!(datapath.active()? == next, "{next:?} is not in force");
-        ensure!(datapath.read_back(next.slot)?.digest() == tables.digest(), "not what was computed");
-        let after = datapath.inner_maps(next.slot)?;
-        let differ: Vec<usize> = (0..after.len()).filter(|i| after[*i] != before[*i]).collect();
+        ensure!(datapath.read_back(next)?.digest() == tables.digest(), "not what was computed");
+        let after = datapath.inner_maps(next)?;
+        let differ: Vec<usize> = (0..after.len()).filter(|i| before.get(*i) != Some(&after[*i])).collect();
         changed.sort_unstable();
         changed.dedup();
         ensure!(differ == changed, "round {round}: the maps {differ:?} were made, {changed:?} say something else");
@@ -345,9 +352,9 @@ fn again(datapath: &Datapath, scratch: &Scratch, pair: &Pair) -> Result<()> {
         active = next;
     }
     // Where nobody read what is in force, all is made.
-    let before = datapath.inner_maps(active.slot)?;
+    let before = datapath.inner_maps(active)?;
     let next = Datapath::load(scratch.pins())?.publish(&tables)?;
-    let after = datapath.inner_maps(next.slot)?;
+    let after = datapath.inner_maps(next)?;
     ensure!(before.iter().zip(&after).all(|(before, after)| before != after), "{before:?}, then {after:?}");
     let _ = datapath.publish(&pair.tables[0])?;
     Ok(())
@@ -363,22 +370,23 @@ fn foreign(datapath: &Datapath, pair: &Pair) -> Result<()> {
     let locals = kernel(4, size_of::<segfw_common::LocalEntry>())?;
     // In the slot in force: LOCALS, which becomes empty, so every workload would be open.
     sys::outer_set(datapath.map("LOCALS")?, active.slot, locals.as_fd())?;
-    ensure!(datapath.read_back(active.slot)?.digest() != pair.tables[0].digest(), "the foreign map is not there");
-    // In the next slot: one shard that will have entries and one that will have none.
-    let next = (active.slot + 1) % bounds::SLOTS;
+    ensure!(datapath.read_back(active)?.digest() != pair.tables[0].digest(), "the foreign map is not there");
+    // In the next slot: one for a place that will have entries, and one for a place that will have none.
+    let slot = (active.slot + 1) % bounds::SLOTS;
     let mut few = pair.tables[0].clone();
-    let key = few.rules.keys().next().copied().context("no rules")?;
-    few.rules.retain(|k, _| *k == key);
-    for shard in 0..bounds::RULE_SHARDS {
-        sys::outer_set(datapath.map("RULES")?, next * bounds::RULE_SHARDS + shard, rules.as_fd())?;
-    }
+    few.prefixes.clear();
+    let flags = sys::F_RDONLY_PROG | sys::F_NO_PREALLOC;
+    let prefixes = sys::map_create(sys::MAP_TYPE_LPM_TRIE, size_of::<PrefixKey>(), 4, 1, flags, "foreign")?;
+    sys::outer_set(datapath.map("RULES")?, slot * bounds::RULE_SHARDS, rules.as_fd())?;
+    sys::outer_set(datapath.map("PREFIXES")?, slot, prefixes.as_fd())?;
     let after = datapath.publish(&few)?;
-    ensure!(after.slot == next && datapath.read_back(next)?.digest() == few.digest(), "not what was computed");
-    let maps = datapath.inner_maps(next)?;
-    let used: Vec<usize> = (RULES..maps.len()).filter(|i| maps[*i] != 0).collect();
-    ensure!(used == [RULES + key.shard() as usize], "{used:?} are in use");
-    let foreign = sys::map_info(locals.as_fd())?.id;
-    ensure!(!maps.contains(&foreign), "the foreign map is used again");
+    ensure!(after.slot == slot && datapath.read_back(after)?.digest() == few.digest(), "not what was computed");
+    let maps = datapath.inner_maps(after)?;
+    ensure!(maps[0] == 0 && maps[RULES] != 0, "{maps:?} are in use");
+    for foreign in [&rules, &locals, &prefixes] {
+        let id = sys::map_info(foreign.as_fd())?.id;
+        ensure!(!maps.contains(&id), "the foreign map {id} is in use: {maps:?}");
+    }
     // All others stay as they were.
     let next = datapath.publish(&pair.tables[0])?;
     same(datapath, pair, next)

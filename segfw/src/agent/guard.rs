@@ -78,25 +78,25 @@ impl Core {
         }
         let Some(f) = &self.in_force else { return Ok(found) };
         let (active, ours) = (self.datapath.active()?, f.revision.generation);
-        let restore = |slot| self.datapath.restore_active(Active { generation: active.generation.max(ours), slot });
-        let is_ours = |slot: u32| self.datapath.inner_maps(slot).is_ok_and(|maps| maps == f.maps);
-        let (what, was, mended) = if self.datapath.inner_maps(active.slot)? != f.maps {
+        let restore =
+            |place: Active| self.datapath.restore_active(Active { generation: active.generation.max(ours), ..place });
+        let (what, was, mended) = if self.datapath.inner_maps(active)? != f.maps {
             // The word may have been turned to another slot while ours is whole.
-            let (was, mended) = match (0..segfw_common::bounds::SLOTS).find(|slot| is_ours(*slot)) {
-                Some(slot) => {
+            let (was, mended) = match self.datapath.find(&f.maps) {
+                Some(place) => {
                     let was = format!("generation {} in slot {}, which is not ours", active.generation, active.slot);
-                    (was, restore(slot))
+                    (was, restore(place))
                 }
                 None => ("other tables".to_owned(), self.datapath.publish(&f.tables)),
             };
             ("tables in force", was, mended)
         } else if active.generation != ours {
-            ("generation in force", format!("generation {} instead of {ours}", active.generation), restore(active.slot))
+            ("generation in force", format!("generation {} instead of {ours}", active.generation), restore(active))
         } else {
             return Ok(found);
         };
         if let Ok(active) = &mended {
-            let maps = self.datapath.inner_maps(active.slot)?;
+            let maps = self.datapath.inner_maps(*active)?;
             self.now_is(*active);
             if let Some(f) = &mut self.in_force {
                 f.maps = maps;

@@ -311,7 +311,7 @@ impl Core {
         f.revision.files = files.iter().map(|(name, _)| name.clone()).collect();
         let (number, entries) = (f.revision.number, f.tables.rules.len());
         tracing::info!(revision = number, generation = active.generation, entries, changed, "in force");
-        f.maps = self.datapath.inner_maps(active.slot)?;
+        f.maps = self.datapath.inner_maps(active)?;
         self.saved.revision = number;
         self.saved.files = files.clone();
         f.files = files;
@@ -403,7 +403,7 @@ impl Core {
         };
         let revision = Revision { number, digest, generation: active.generation, loaded_at, files: names };
         tracing::info!(revision = number, generation = active.generation, entries = tables.rules.len(), "in force");
-        let maps = self.datapath.inner_maps(active.slot)?;
+        let maps = self.datapath.inner_maps(active)?;
         self.in_force = Some(InForce { revision, files, policy, tables, basis, deadlines, maps });
         self.refused = None;
         self.finish();

@@ -3,9 +3,9 @@
 //! The order never opens a hole: `CONTROL` names a slot only when everything in it was proven, and the old slot stays
 //! whole until no program can be in it any more.
 //!
-//! A generation is some twenty maps, and `RULES` is [`bounds::RULE_SHARDS`] of them. A map that says what the tables say is
-//! used again: it is frozen, and was read back when it was made. So a change of a rule makes one map of a sixteenth of the
-//! rules, and two generations that differ little cost little more memory than one.
+//! A generation is a set of maps, and the rules of a large policy are divided among many. A map that says what the tables
+//! say is used again: it is frozen, and was read back when it was made. So a change of one rule makes one map of some
+//! thousand rules, and two generations that differ little need little more memory than one.
 //!
 //! To put a map into a slot is done at once, but the call returns only after a grace period of RCU. A thread waits for that:
 //! no program looks into the slot before `CONTROL` says so.
@@ -22,9 +22,21 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// The outer maps, and how many inner maps each has per generation.
+/// The outer maps, and how many inner maps each has at most per generation.
 const OUTER: [(&str, u32); 5] =
     [("PREFIXES", 1), ("CLASSES", 1), ("TIMELINE", 1), ("LOCALS", 1), ("RULES", bounds::RULE_SHARDS)];
+/// Index into it.
+const RULES: usize = 4;
+
+/// Entries that a map of rules holds on average, before there are more of them: to make one takes two milliseconds, and
+/// most policies need no more than one.
+const RULES_PER_MAP: usize = 4_096;
+
+/// Binary logarithm of how many maps so many rules are divided among.
+fn bits(rules: usize) -> u32 {
+    let maps = u32::try_from(rules.div_ceil(RULES_PER_MAP)).unwrap_or(u32::MAX).min(bounds::RULE_SHARDS);
+    maps.next_power_of_two().trailing_zeros()
+}
 
 /// From so many entries on, maps are made by several threads: to fill fewer takes a millisecond.
 const MANY: usize = 4_096;
@@ -46,9 +58,10 @@ struct Place {
 }
 
 impl Place {
-    /// All of them, always in the same order.
-    fn all() -> impl Iterator<Item = Self> {
-        OUTER.iter().enumerate().flat_map(|(outer, (_, n))| (0..*n).map(move |shard| Self { outer, shard }))
+    /// All of a generation whose rules are in `2^bits` maps; those of rules come last.
+    fn all(bits: u32) -> impl Iterator<Item = Self> {
+        let number = move |outer: usize| if outer == RULES { 1 << bits } else { 1 };
+        (0..OUTER.len()).flat_map(move |outer| (0..number(outer)).map(move |shard| Self { outer, shard }))
     }
     const fn name(self) -> &'static str {
         OUTER[self.outer].0
@@ -89,6 +102,8 @@ pub struct Active {
     pub generation: u32,
     /// Slot of the outer maps.
     pub slot: u32,
+    /// The rules are in `2^bits` maps.
+    pub bits: u32,
 }
 
 impl Datapath {
@@ -97,11 +112,17 @@ impl Datapath {
         let word = sys::map_lookup::<u32, u64>(self.map("CONTROL")?, &control::ACTIVE)
             .map_err(|e| Error::sys("read CONTROL", e))?
             .unwrap_or(0);
-        Ok(Active { generation: (word >> 32) as u32, slot: word as u32 & (bounds::SLOTS - 1) })
+        let (generation, place) = ((word >> 32) as u32, word as u32);
+        let bits = place >> control::SHARDS_SHIFT & 31;
+        Ok(Active {
+            generation,
+            slot: place & (bounds::SLOTS - 1),
+            bits: bits.min(bounds::RULE_SHARDS.trailing_zeros()),
+        })
     }
 
     fn set_active(&self, active: Active) -> Result<(), Error> {
-        let word = u64::from(active.generation) << 32 | u64::from(active.slot);
+        let word = u64::from(active.generation) << 32 | u64::from(active.bits << control::SHARDS_SHIFT | active.slot);
         sys::map_update(self.map("CONTROL")?, &control::ACTIVE, &word).map_err(|e| Error::sys("write CONTROL", e))
     }
 
@@ -113,7 +134,7 @@ impl Datapath {
     /// Makes every cached verdict stale without a new policy: who is who has changed.
     pub fn touch(&self) -> Result<Active, Error> {
         let active = self.active()?;
-        let next = Active { generation: after(active.generation), slot: active.slot };
+        let next = Active { generation: after(active.generation), ..active };
         if active.generation != 0 {
             self.set_active(next)?;
         }
@@ -128,24 +149,24 @@ impl Datapath {
         // Programs of the generation before this one may be in any slot but the one in force.
         self.settle_now(&mut held, old)?;
         let slot = (old.slot + 1) % bounds::SLOTS;
-        let wanted = wanted(tables, &held.sum);
+        let new = Active { generation: after(old.generation), slot, bits: bits(tables.rules.len()) };
+        let wanted = wanted(tables, new.bits, &held.sum);
         // Only what is still where we put it.
-        let there = self.inner_maps(old.slot)?;
+        let there = if old.generation == 0 { Vec::new() } else { self.inner_maps(old)? };
         let again = |i: usize| {
             let part = held.parts.get(i)?.as_ref()?;
-            (old.generation != 0 && there[i] == part.id && wanted[i] == part.print).then(|| part.clone())
+            (there.get(i) == Some(&part.id) && wanted[i] == part.print).then(|| part.clone())
         };
         let mut parts: Vec<Option<Part>> = (0..wanted.len()).map(again).collect();
         let missing: Vec<usize> =
             (0..wanted.len()).filter(|i| parts[*i].is_none() && wanted[*i].entries != 0).collect();
-        for (i, part) in make(tables, &missing, &wanted, &held.sum)? {
+        for (i, part) in make(tables, new.bits, &missing, &wanted, &held.sum)? {
             parts[i] = Some(part);
         }
         tracing::debug!(made = missing.len(), of = wanted.len(), "maps are ready");
-        self.install(&mut held.writers, slot, &parts)?;
+        self.install(&mut held.writers, new, &parts)?;
         // What was written into the maps is there for whoever reads the word.
         std::sync::atomic::fence(Ordering::SeqCst);
-        let new = Active { generation: after(old.generation), slot };
         self.set_active(new)?;
         held.settled = false;
         held.parts = parts;
@@ -174,7 +195,8 @@ impl Datapath {
         // A plain array write, as that of `CONTROL`, waits for nobody. Writing to an outer slot waits for a grace period:
         // after it no program that read the old word is still running, and the old slots can go.
         let any = |place: &Place| self.inner(*place, active.slot).transpose();
-        if let Some(map) = Place::all().find_map(|place| any(&place).map(|map| map.map(|map| (place, map)))) {
+        if let Some(map) = Place::all(active.bits).find_map(|place| any(&place).map(|map| map.map(|map| (place, map))))
+        {
             let (place, map) = map?;
             sys::outer_set(self.map(place.name())?, place.index(active.slot), map.as_fd())
                 .map_err(|e| Error::sys("wait for the programs of the last generation", e))?;
@@ -182,16 +204,16 @@ impl Datapath {
         held.settled = true;
         // What is not cleared costs memory, and the next one comes by again.
         let old = (0..bounds::SLOTS).filter(|slot| *slot != active.slot);
-        let cleared =
-            old.flat_map(|slot| Place::all().map(move |place| (slot, place))).try_for_each(|(slot, place)| {
-                let outer = self.outer(place)?;
-                let index = place.index(slot);
-                if sys::outer_id(outer.as_fd(), index).is_ok_and(|id| id == 0) {
-                    return Ok(());
-                }
+        let most = bounds::RULE_SHARDS.trailing_zeros();
+        let all = old.flat_map(|slot| Place::all(most).map(move |place| (slot, place)));
+        let cleared = all.map(|(slot, place)| {
+            let (outer, index) = (self.outer(place)?, place.index(slot));
+            if !sys::outer_id(outer.as_fd(), index).is_ok_and(|id| id == 0) {
                 held.writers.push(writer(move || sys::outer_clear(outer.as_fd(), index))?);
-                Ok(())
-            });
+            }
+            Ok(())
+        });
+        let cleared = cleared.fold(Ok(()), Result::and);
         let waited = wait(std::mem::take(&mut held.writers)).map_err(|e| Error::sys("empty a slot", e));
         if let Err(error) = cleared.and(waited) {
             tracing::warn!("old generations are kept: {error}");
@@ -200,9 +222,10 @@ impl Datapath {
     }
 
     /// Puts maps into a slot that `CONTROL` does not name, and returns when they are there.
-    fn install(&self, writers: &mut Vec<Writer>, slot: u32, parts: &[Option<Part>]) -> Result<(), Error> {
+    fn install(&self, writers: &mut Vec<Writer>, new: Active, parts: &[Option<Part>]) -> Result<(), Error> {
+        let slot = new.slot;
         let failed = |e| Error::sys(format!("put new maps into slot {slot}"), e);
-        for (place, part) in Place::all().zip(parts) {
+        for (place, part) in Place::all(new.bits).zip(parts) {
             let (outer, index) = (self.outer(place)?, place.index(slot));
             match part {
                 Some(part) => {
@@ -220,7 +243,7 @@ impl Datapath {
         loop {
             // Asked before the look: what has ended was written before it.
             let ended = writers.iter().all(JoinHandle::is_finished);
-            if self.inner_maps(slot)? == want {
+            if self.inner_maps(new)? == want {
                 return Ok(());
             }
             if ended {
@@ -242,13 +265,20 @@ impl Datapath {
             .map_err(|e| Error::sys(format!("open slot {slot} of {}", place.name()), e))
     }
 
-    /// Numbers of the inner maps of a slot, 0 = none: the maps are frozen, so the same numbers are the same tables.
-    pub fn inner_maps(&self, slot: u32) -> Result<Vec<u32>, Error> {
+    /// Numbers of the inner maps of a generation, 0 = none: the maps are frozen, so the same numbers are the same tables.
+    pub fn inner_maps(&self, of: Active) -> Result<Vec<u32>, Error> {
         let id = |place: Place| -> Result<u32, Error> {
-            let read = sys::outer_id(self.map(place.name())?, place.index(slot));
-            read.map_err(|e| Error::sys(format!("read slot {slot} of {}", place.name()), e))
+            let read = sys::outer_id(self.map(place.name())?, place.index(of.slot));
+            read.map_err(|e| Error::sys(format!("read slot {} of {}", of.slot, place.name()), e))
         };
-        Place::all().map(id).collect()
+        Place::all(of.bits).map(id).collect()
+    }
+
+    /// Where these maps are, as [`Self::inner_maps`] tells them; the generation is 0.
+    pub fn find(&self, maps: &[u32]) -> Option<Active> {
+        let bits = maps.len().checked_sub(RULES)?.checked_ilog2()?;
+        let places = (0..bounds::SLOTS).map(|slot| Active { generation: 0, slot, bits });
+        places.into_iter().find(|place| self.inner_maps(*place).is_ok_and(|there| there == maps))
     }
 
     /// The word of `control::FLAGS`.
@@ -259,7 +289,7 @@ impl Datapath {
 
     /// Makes the word that says what is in force say so again.
     pub fn restore_active(&self, active: Active) -> Result<Active, Error> {
-        let next = Active { generation: after(active.generation), slot: active.slot };
+        let next = Active { generation: after(active.generation), ..active };
         self.set_active(next)?;
         Ok(next)
     }
@@ -271,9 +301,12 @@ impl Datapath {
         if active.generation == 0 {
             return Ok(false);
         }
-        let wanted = wanted(tables, &held.sum);
+        if active.bits != bits(tables.rules.len()) {
+            return Ok(false);
+        }
+        let wanted = wanted(tables, active.bits, &held.sum);
         let mut parts = Vec::new();
-        for (place, want) in Place::all().zip(wanted) {
+        for (place, want) in Place::all(active.bits).zip(wanted) {
             let part = match self.inner(place, active.slot)? {
                 Some(map) => {
                     // They should be: then this says that it cannot be done twice.
@@ -293,11 +326,11 @@ impl Datapath {
         Ok(true)
     }
 
-    /// What the kernel holds in a slot, as tables (without the names, which it never sees).
-    pub fn read_back(&self, slot: u32) -> Result<Tables, Error> {
+    /// What the kernel holds of a generation, as tables (without the names, which it never sees).
+    pub fn read_back(&self, of: Active) -> Result<Tables, Error> {
         let mut tables = Tables::default();
-        for place in Place::all() {
-            let Some(map) = self.inner(place, slot)? else { continue };
+        for place in Place::all(of.bits) {
+            let Some(map) = self.inner(place, of.slot)? else { continue };
             let map = map.as_fd();
             match place.name() {
                 "CLASSES" => tables.classes = read_classes(place, map)?,
@@ -331,10 +364,10 @@ fn wait(writers: Vec<Writer>) -> io::Result<()> {
 }
 
 /// What each map is to hold, in the order of [`Place::all`].
-fn wanted(tables: &Tables, sum: &Sum) -> Vec<Print> {
-    let mut shards = [Print::default(); bounds::RULE_SHARDS as usize];
+fn wanted(tables: &Tables, bits: u32, sum: &Sum) -> Vec<Print> {
+    let mut shards = vec![Print::default(); 1 << bits];
     for (key, entry) in &tables.rules {
-        shards[key.shard() as usize].add(sum, key, entry);
+        shards[key.shard(bits) as usize].add(sum, key, entry);
     }
     let of = |place: Place| match place.name() {
         "CLASSES" => classes_print(&tables.classes, sum),
@@ -343,20 +376,26 @@ fn wanted(tables: &Tables, sum: &Sum) -> Vec<Print> {
         "RULES" => shards[place.shard as usize],
         _ => Print::of(sum, tables.prefixes.iter().map(|(k, v)| (*k, v.0))),
     };
-    Place::all().map(of).collect()
+    Place::all(bits).map(of).collect()
 }
 
 /// Makes the maps of these places (indices into [`Place::all`]): filled, frozen, read back, and no other than wanted.
-fn make(tables: &Tables, places: &[usize], wanted: &[Print], sum: &Sum) -> Result<Vec<(usize, Part)>, Error> {
-    let all: Vec<Place> = Place::all().collect();
-    let mut shards: Vec<Option<(Vec<RuleKey>, Vec<RuleEntry>)>> = vec![None; bounds::RULE_SHARDS as usize];
+fn make(
+    tables: &Tables,
+    bits: u32,
+    places: &[usize],
+    wanted: &[Print],
+    sum: &Sum,
+) -> Result<Vec<(usize, Part)>, Error> {
+    let all: Vec<Place> = Place::all(bits).collect();
+    let mut shards: Vec<Option<(Vec<RuleKey>, Vec<RuleEntry>)>> = vec![None; 1 << bits];
     for (place, want) in places.iter().map(|i| (all[*i], wanted[*i])).filter(|(place, _)| place.name() == "RULES") {
         let room = want.entries as usize;
         shards[place.shard as usize] = Some((Vec::with_capacity(room), Vec::with_capacity(room)));
     }
     if shards.iter().any(Option::is_some) {
         for (key, entry) in &tables.rules {
-            if let Some((keys, entries)) = &mut shards[key.shard() as usize] {
+            if let Some((keys, entries)) = &mut shards[key.shard(bits) as usize] {
                 keys.push(*key);
                 entries.push(*entry);
             }

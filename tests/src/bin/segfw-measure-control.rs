@@ -182,7 +182,7 @@ fn phases(size: Size) -> Result<()> {
         ensure!(digest == again.digest());
         let _ = least.time("digest of the files", || policy::digest(&texts));
         let active = least.time("publish", || datapath.publish(&tables))?;
-        let back = least.time("read back", || datapath.read_back(active.slot))?;
+        let back = least.time("read back", || datapath.read_back(active))?;
         ensure!(back.digest() == digest);
         if round == 0 {
             println!(

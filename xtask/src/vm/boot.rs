@@ -153,7 +153,9 @@ fn script(accelerator: &str, variant: Variant, command: &[String]) -> String {
 mount -t bpf b /sys/fs/bpf; mount -t cgroup2 c /sys/fs/cgroup; mount -t securityfs s /sys/kernel/security
 mount -t tracefs t /sys/kernel/tracing
 ip link set lo up
-cd {}
+# A checkout below a folder that the guest has for itself, such as /tmp, lies under that mount.
+[ -e {repo}/Cargo.toml ] || {{ mkdir -p /run/root {repo}; mount --bind / /run/root; mount --bind /run/root{repo} {repo}; }}
+cd {repo}
 {}
 echo; echo \"{BEGIN} $(uname -r)\"
 ( exec {} ) </dev/null 2>&1
@@ -162,9 +164,9 @@ echo DONE
 sync; echo o >/proc/sysrq-trigger; sleep 60
 ",
         if accelerator == KVM { 1 } else { EMULATED_SLOWNESS },
-        quoted(&root().display().to_string()),
         variant.script,
-        words.join(" ")
+        words.join(" "),
+        repo = quoted(&root().display().to_string()),
     )
 }
 
