@@ -287,7 +287,8 @@ impl Core {
         self.judge_packets()?;
         let Some(f) = &mut self.in_force else { anyhow::bail!("no revision is in force that could change") };
         amendment.swap(&mut f.tables);
-        let active = if silent { self.datapath.active() } else { self.datapath.publish(&f.tables) };
+        let active =
+            if silent { self.datapath.active() } else { self.datapath.publish_change(&f.tables, &amendment.rules) };
         tracing::debug!(at = ?begun.elapsed(), "published");
         let active = match active {
             Ok(active) => active,

@@ -93,6 +93,34 @@ pub struct Held {
     sum: Sum,
 }
 
+impl Held {
+    /// What the maps of rules and that of prefixes are to hold after a change of these keys; `None` = not known.
+    fn after(&self, tables: &Tables, bits: u32, before: &[(RuleKey, Option<RuleEntry>)]) -> Option<Known> {
+        let mut prints = self.parts.iter().map(|part| part.as_ref().map_or(Print::default(), |part| part.print));
+        let prefixes = prints.next()?;
+        let mut shards: Vec<Print> = prints.skip(RULES - 1).collect();
+        if shards.len() != 1 << bits {
+            return None;
+        }
+        for (key, before) in before {
+            let shard = &mut shards[key.shard(bits) as usize];
+            if let Some(entry) = before {
+                shard.remove(&self.sum, key, entry);
+            }
+            if let Some(entry) = tables.rules.get(key) {
+                shard.add(&self.sum, key, entry);
+            }
+        }
+        Some(Known { prefixes, shards })
+    }
+}
+
+/// What the large maps are to hold.
+struct Known {
+    prefixes: Print,
+    shards: Vec<Print>,
+}
+
 type Writer = JoinHandle<io::Result<()>>;
 
 /// What `CONTROL` says is in force.
@@ -144,13 +172,24 @@ impl Datapath {
     /// Puts tables in force. On any error the generation in force stays as it is. Programs that had begun may still judge
     /// by the old one; [`Self::settle`] waits for them.
     pub fn publish(&self, tables: &Tables) -> Result<Active, Error> {
+        self.publish_as(tables, None)
+    }
+
+    /// [`Self::publish`] of tables whose prefixes are those in force, and whose rules too, but for some keys: these, and what
+    /// they said before.
+    pub fn publish_change(&self, tables: &Tables, before: &[(RuleKey, Option<RuleEntry>)]) -> Result<Active, Error> {
+        self.publish_as(tables, Some(before))
+    }
+
+    fn publish_as(&self, tables: &Tables, before: Option<&[(RuleKey, Option<RuleEntry>)]>) -> Result<Active, Error> {
         let mut held = self.held();
         let old = self.active()?;
         // Programs of the generation before this one may be in any slot but the one in force.
         self.settle_now(&mut held, old)?;
         let slot = (old.slot + 1) % bounds::SLOTS;
         let new = Active { generation: after(old.generation), slot, bits: bits(tables.rules.len()) };
-        let wanted = wanted(tables, new.bits, &held.sum);
+        let known = before.and_then(|before| held.after(tables, new.bits, before));
+        let wanted = wanted(tables, new.bits, &held.sum, known);
         // Only what is still where we put it.
         let there = if old.generation == 0 { Vec::new() } else { self.inner_maps(old)? };
         let again = |i: usize| {
@@ -304,7 +343,7 @@ impl Datapath {
         if active.bits != bits(tables.rules.len()) {
             return Ok(false);
         }
-        let wanted = wanted(tables, active.bits, &held.sum);
+        let wanted = wanted(tables, active.bits, &held.sum, None);
         let mut parts = Vec::new();
         for (place, want) in Place::all(active.bits).zip(wanted) {
             let part = match self.inner(place, active.slot)? {
@@ -364,17 +403,20 @@ fn wait(writers: Vec<Writer>) -> io::Result<()> {
 }
 
 /// What each map is to hold, in the order of [`Place::all`].
-fn wanted(tables: &Tables, bits: u32, sum: &Sum) -> Vec<Print> {
-    let mut shards = vec![Print::default(); 1 << bits];
-    for (key, entry) in &tables.rules {
-        shards[key.shard(bits) as usize].add(sum, key, entry);
-    }
+fn wanted(tables: &Tables, bits: u32, sum: &Sum, known: Option<Known>) -> Vec<Print> {
+    let Known { prefixes, shards } = known.unwrap_or_else(|| {
+        let mut shards = vec![Print::default(); 1 << bits];
+        for (key, entry) in &tables.rules {
+            shards[key.shard(bits) as usize].add(sum, key, entry);
+        }
+        Known { prefixes: Print::of(sum, tables.prefixes.iter().map(|(k, v)| (*k, v.0))), shards }
+    });
     let of = |place: Place| match place.name() {
         "CLASSES" => classes_print(&tables.classes, sum),
         "TIMELINE" => Print::of(sum, tables.timeline.iter().zip(0u32..).map(|(entry, i)| (i, *entry))),
         "LOCALS" => Print::of(sum, tables.locals.iter().map(|(k, v)| (k.0, *v))),
         "RULES" => shards[place.shard as usize],
-        _ => Print::of(sum, tables.prefixes.iter().map(|(k, v)| (*k, v.0))),
+        _ => prefixes,
     };
     Place::all(bits).map(of).collect()
 }
@@ -527,6 +569,11 @@ impl Print {
     fn add<K: aya::Pod, V: aya::Pod>(&mut self, sum: &Sum, key: &K, value: &V) {
         self.entries = self.entries.saturating_add(1);
         self.sum = self.sum.wrapping_add(sum.term([bytes(key), bytes(value)]));
+    }
+    /// Takes out an entry that was added.
+    fn remove<K: aya::Pod, V: aya::Pod>(&mut self, sum: &Sum, key: &K, value: &V) {
+        self.entries = self.entries.saturating_sub(1);
+        self.sum = self.sum.wrapping_sub(sum.term([bytes(key), bytes(value)]));
     }
 }
 
