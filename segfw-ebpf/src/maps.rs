@@ -52,6 +52,10 @@ static RULES: ArrayOfMaps<HashMap<RuleKey, RuleWords, 1, RDONLY_PROG>, { SLOTS *
 static TIMELINE: ArrayOfMaps<HashMap<u32, RuleWords, 1, RDONLY_PROG>, SLOTS> = ArrayOfMaps::new();
 #[btf_map]
 static LOCALS: ArrayOfMaps<HashMap<u32, LocalWords, 1, RDONLY_PROG>, SLOTS> = ArrayOfMaps::new();
+/// Prefixes that are one address: most of a fleet's, and a trie of them is deep.
+#[btf_map]
+static HOSTS: ArrayOfMaps<HashMap<Addr, u32, 1, RDONLY_PROG>, SLOTS> = ArrayOfMaps::new();
+/// All other prefixes.
 #[btf_map]
 static PREFIXES: ArrayOfMaps<LpmTrie<Addr, u32, 1, { RDONLY_PROG | NO_PREALLOC }>, SLOTS> = ArrayOfMaps::new();
 
@@ -430,6 +434,10 @@ impl Lookup for Kernel {
     }
     #[inline(always)]
     fn prefix(&self, addr: &Addr) -> Option<Identity> {
+        // SAFETY: frozen map.
+        if let Some(identity) = HOSTS.get(self.slot).and_then(|map| unsafe { map.get(addr) }) {
+            return Some(Identity(*identity));
+        }
         let map = PREFIXES.get(self.slot)?;
         // The same layout as `rule::PrefixKey`.
         let key = Key::new(128, *addr);

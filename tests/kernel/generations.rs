@@ -16,10 +16,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 const SWITCHES: usize = 200;
 /// The outer maps and their inner maps per slot, in the order of `Datapath::inner_maps`.
-const OUTER: [(&str, u32); 5] =
-    [("PREFIXES", 1), ("CLASSES", 1), ("TIMELINE", 1), ("LOCALS", 1), ("RULES", bounds::RULE_SHARDS)];
+const OUTER: [(&str, u32); 6] =
+    [("PREFIXES", 1), ("HOSTS", 1), ("CLASSES", 1), ("TIMELINE", 1), ("LOCALS", 1), ("RULES", bounds::RULE_SHARDS)];
 /// Index of the first map of rules in it.
-const RULES: usize = 4;
+const RULES: usize = 5;
 
 /// What it does to tables, and how.
 type Change = (&'static str, fn(&mut Tables));
@@ -285,10 +285,10 @@ fn again(datapath: &Datapath, scratch: &Scratch, pair: &Pair) -> Result<()> {
     let later = Datapath::load(scratch.pins())?;
     let mut active = datapath.publish(&tables)?;
     ensure!(active.bits == 1, "6,000 rules are in 2^{} maps", active.bits);
-    for round in 0..10u32 {
+    for round in 0..11u32 {
         // Also where programs of the generation before may still run.
         if round % 2 == 0 {
-            datapath.settle()?;
+            if round <= 8 { datapath } else { &later }.settle()?;
             empty_but(datapath, active.slot)?;
         }
         let before = datapath.inner_maps(active)?;
@@ -303,22 +303,27 @@ fn again(datapath: &Datapath, scratch: &Scratch, pair: &Pair) -> Result<()> {
             0 => changed.clear(),
             1 => {
                 let _ = tables.prefixes.insert(PrefixKey { bits: 128, addr: Addr::v4([12, 0, 0, 1]) }, Identity(301));
-                changed = vec![0];
+                changed = vec![1];
             }
             2 => {
                 tables.classes[1][8080] ^= 1;
-                changed = vec![1];
+                changed = vec![2];
             }
             3 => {
                 tables.timeline.push(RuleEntry { until: 1, ..entry });
-                changed = vec![2];
-            }
-            4 => {
-                let _ = tables.locals.insert(Identity(100_000), segfw_common::LocalEntry::default());
                 changed = vec![3];
             }
+            // A prefix of more than one address.
+            4 => {
+                let _ = tables.prefixes.insert(PrefixKey { bits: 120, addr: Addr::v4([12, 0, 1, 0]) }, Identity(301));
+                changed = vec![0];
+            }
+            5 => {
+                let _ = tables.locals.insert(Identity(100_000), segfw_common::LocalEntry::default());
+                changed = vec![4];
+            }
             // So many that they are divided among more maps.
-            9 => {
+            10 => {
                 let more = (0..20_000u32).map(|i| (RuleKey { local: Identity(300_000 + i), ..key }, entry));
                 tables.rules.extend(more);
                 changed = (RULES..RULES + 8).collect();
@@ -330,8 +335,8 @@ fn again(datapath: &Datapath, scratch: &Scratch, pair: &Pair) -> Result<()> {
             }
         }
         // The last ones by an agent that found these maps: it takes them for its own once it has read them.
-        let by = if round < 7 { datapath } else { &later };
-        if round == 7 {
+        let by = if round < 8 { datapath } else { &later };
+        if round == 8 {
             ensure!(!later.holds(&tables)?, "a difference is not seen");
             let mut old = tables.clone();
             let _ = old.rules.remove(&keys[0]);
@@ -340,7 +345,7 @@ fn again(datapath: &Datapath, scratch: &Scratch, pair: &Pair) -> Result<()> {
             ensure!(later.holds(&old)?, "what is in force is not found");
         }
         let old = match round {
-            5 | 6 | 8 => vec![(keys[0], None), (keys[1], Some(entry)), (keys[2], Some(entry))],
+            6 | 7 | 9 => vec![(keys[0], None), (keys[1], Some(entry)), (keys[2], Some(entry))],
             _ => Vec::new(),
         };
         let next = if old.is_empty() { by.publish(&tables)? } else { by.publish_change(&tables, &old)? };

@@ -13,7 +13,7 @@
 use super::{Datapath, Error, sys};
 use crate::policy::Tables;
 use segfw_common::rule::{PrefixKey, Proto};
-use segfw_common::{Identity, LocalEntry, RuleEntry, RuleKey, bounds, control};
+use segfw_common::{Addr, Identity, LocalEntry, RuleEntry, RuleKey, bounds, control};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -23,10 +23,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// The outer maps, and how many inner maps each has at most per generation.
-const OUTER: [(&str, u32); 5] =
-    [("PREFIXES", 1), ("CLASSES", 1), ("TIMELINE", 1), ("LOCALS", 1), ("RULES", bounds::RULE_SHARDS)];
+const OUTER: [(&str, u32); 6] =
+    [("PREFIXES", 1), ("HOSTS", 1), ("CLASSES", 1), ("TIMELINE", 1), ("LOCALS", 1), ("RULES", bounds::RULE_SHARDS)];
 /// Index into it.
-const RULES: usize = 4;
+const RULES: usize = 5;
 
 /// Entries that a map of rules holds on average, before there are more of them: to make one takes two milliseconds, and
 /// most policies need no more than one.
@@ -97,8 +97,8 @@ impl Held {
     /// What the maps of rules and that of prefixes are to hold after a change of these keys; `None` = not known.
     fn after(&self, tables: &Tables, bits: u32, before: &[(RuleKey, Option<RuleEntry>)]) -> Option<Known> {
         let mut prints = self.parts.iter().map(|part| part.as_ref().map_or(Print::default(), |part| part.print));
-        let prefixes = prints.next()?;
-        let mut shards: Vec<Print> = prints.skip(RULES - 1).collect();
+        let (prefixes, hosts) = (prints.next()?, prints.next()?);
+        let mut shards: Vec<Print> = prints.skip(RULES - 2).collect();
         if shards.len() != 1 << bits {
             return None;
         }
@@ -111,13 +111,14 @@ impl Held {
                 shard.add(&self.sum, key, entry);
             }
         }
-        Some(Known { prefixes, shards })
+        Some(Known { prefixes, hosts, shards })
     }
 }
 
 /// What the large maps are to hold.
 struct Known {
     prefixes: Print,
+    hosts: Print,
     shards: Vec<Print>,
 }
 
@@ -379,6 +380,10 @@ impl Datapath {
                     tables.timeline = parts.into_values().collect();
                 }
                 "LOCALS" => tables.locals.extend(dump(place, map)?.into_iter().map(|(k, v)| (Identity(k), v))),
+                "HOSTS" => {
+                    let prefix = |addr| PrefixKey { bits: 128, addr };
+                    tables.prefixes.extend(dump(place, map)?.into_iter().map(|(k, v)| (prefix(k), Identity(v))));
+                }
                 _ => tables.prefixes.extend(dump(place, map)?.into_iter().map(|(k, v)| (k, Identity(v)))),
             }
         }
@@ -402,20 +407,31 @@ fn wait(writers: Vec<Writer>) -> io::Result<()> {
     ended.fold(Ok(()), io::Result::and)
 }
 
+/// Prefixes that are one address, with their identities.
+fn hosts(tables: &Tables) -> impl Iterator<Item = (Addr, u32)> {
+    tables.prefixes.iter().filter(|(prefix, _)| prefix.bits == 128).map(|(prefix, identity)| (prefix.addr, identity.0))
+}
+
+/// All others.
+fn prefixes(tables: &Tables) -> impl Iterator<Item = (PrefixKey, u32)> {
+    tables.prefixes.iter().filter(|(prefix, _)| prefix.bits != 128).map(|(prefix, identity)| (*prefix, identity.0))
+}
+
 /// What each map is to hold, in the order of [`Place::all`].
 fn wanted(tables: &Tables, bits: u32, sum: &Sum, known: Option<Known>) -> Vec<Print> {
-    let Known { prefixes, shards } = known.unwrap_or_else(|| {
+    let Known { prefixes, hosts, shards } = known.unwrap_or_else(|| {
         let mut shards = vec![Print::default(); 1 << bits];
         for (key, entry) in &tables.rules {
             shards[key.shard(bits) as usize].add(sum, key, entry);
         }
-        Known { prefixes: Print::of(sum, tables.prefixes.iter().map(|(k, v)| (*k, v.0))), shards }
+        Known { prefixes: Print::of(sum, prefixes(tables)), hosts: Print::of(sum, hosts(tables)), shards }
     });
     let of = |place: Place| match place.name() {
         "CLASSES" => classes_print(&tables.classes, sum),
         "TIMELINE" => Print::of(sum, tables.timeline.iter().zip(0u32..).map(|(entry, i)| (i, *entry))),
         "LOCALS" => Print::of(sum, tables.locals.iter().map(|(k, v)| (k.0, *v))),
         "RULES" => shards[place.shard as usize],
+        "HOSTS" => hosts,
         _ => prefixes,
     };
     Place::all(bits).map(of).collect()
@@ -459,8 +475,12 @@ fn make(
                 let (keys, entries) = shards[place.shard as usize].as_ref().map_or((&[][..], &[][..]), |(k, e)| (k, e));
                 filled(place, sys::MAP_TYPE_HASH, keys, entries)?
             }
+            "HOSTS" => {
+                let (keys, values): (Vec<_>, Vec<_>) = hosts(tables).unzip();
+                filled(place, sys::MAP_TYPE_HASH, &keys, &values)?
+            }
             _ => {
-                let (keys, values): (Vec<_>, Vec<_>) = tables.prefixes.iter().map(|(k, v)| (*k, v.0)).unzip();
+                let (keys, values): (Vec<_>, Vec<_>) = prefixes(tables).unzip();
                 filled(place, sys::MAP_TYPE_LPM_TRIE, &keys, &values)?
             }
         };
@@ -476,7 +496,7 @@ fn make(
     if entries < MANY {
         return places.iter().map(|i| make_one(*i)).collect();
     }
-    // The tries, which take longest, come first.
+    // Tries and hosts, which take longest, come first.
     let next = AtomicUsize::new(0);
     let work = || -> Result<Vec<(usize, Part)>, Error> {
         std::iter::from_fn(|| places.get(next.fetch_add(1, Ordering::Relaxed))).map(|i| make_one(*i)).collect()
@@ -528,6 +548,7 @@ fn print(place: Place, map: BorrowedFd<'_>, sum: &Sum) -> Result<Print, Error> {
         "TIMELINE" => Print::of(sum, dump::<u32, RuleEntry>(place, map)?),
         "LOCALS" => Print::of(sum, dump::<u32, LocalEntry>(place, map)?),
         "RULES" => Print::of(sum, dump::<RuleKey, RuleEntry>(place, map)?),
+        "HOSTS" => Print::of(sum, dump::<Addr, u32>(place, map)?),
         _ => Print::of(sum, dump::<PrefixKey, u32>(place, map)?),
     })
 }

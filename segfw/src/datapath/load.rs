@@ -19,11 +19,12 @@ use std::sync::{Arc, Mutex};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/segfw-ebpf"));
 
 /// Maps that outlive the agent, by name.
-pub const PINNED_MAPS: [&str; 21] = [
+pub const PINNED_MAPS: [&str; 22] = [
     "CLASSES",
     "RULES",
     "TIMELINE",
     "LOCALS",
+    "HOSTS",
     "PREFIXES",
     "CONTROL",
     "CGROUPS",

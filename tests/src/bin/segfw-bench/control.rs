@@ -346,7 +346,7 @@ fn maps(stage: &Stage) -> Result<(f64, f64)> {
     for name in load::PINNED_MAPS {
         let map = sys::get(&dir.join(name))?.with_context(|| format!("no map {name} is pinned"))?;
         fixed += memlock(map.as_fd())?;
-        if !["CLASSES", "RULES", "TIMELINE", "LOCALS", "PREFIXES"].contains(&name) {
+        if !["CLASSES", "RULES", "TIMELINE", "LOCALS", "HOSTS", "PREFIXES"].contains(&name) {
             continue;
         }
         for slot in 0..sys::map_info(map.as_fd())?.max_entries {
