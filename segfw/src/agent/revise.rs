@@ -78,6 +78,7 @@ impl Core {
             hierarchy,
             archive,
             source: None,
+            texts: Memory::default(),
             read: Cache::default(),
             store,
             saved,
@@ -176,11 +177,14 @@ impl Core {
     }
 
     /// Reads the folder and puts it in force, or says why not; then the last revision stays. `advise` = somebody is there to
-    /// read what is odd about it.
+    /// read what is odd about it, who asked for it: then every file is read.
     pub(super) fn reload(&mut self, advise: bool) -> report::ReloadReport {
         let before = self.in_force.as_ref().map(|f| (f.revision.number, f.revision.digest.clone()));
         let begun = std::time::Instant::now();
-        let files = crate::policy::read_dir_recursive(&self.config.policy);
+        if advise {
+            self.texts.doubt();
+        }
+        let files = crate::policy::load::read_again(&self.config.policy, &mut self.texts);
         tracing::debug!(took = ?begun.elapsed(), "files read");
         let warnings = match files {
             Ok(files) => self.take(files, advise),
@@ -434,7 +438,7 @@ impl Core {
             return;
         }
         let source = self.source.as_deref().unwrap_or(archive::FOLDER);
-        let kept = self.archive.keep(number, f.revision.loaded_at, source, &f.files);
+        let kept = self.archive.keep(number, &f.revision.digest, f.revision.loaded_at, source, &f.files);
         let what = format!("revision {number} cannot be kept in {}", self.config.state_dir.display());
         self.written("history", &what, "there is no way back to this revision", kept);
     }

@@ -100,8 +100,8 @@ pub fn resolve<D: Borrow<Document>>(
 /// [`parse`](super::document::parse) and [`resolve`] together. While documents cannot be read, the advice about what is
 /// missing would be wrong (the rule with the mistake is the one that mentions the segment), so it waits. Which cgroup
 /// carries which labels follows from the documents, hence the inventory is asked for once they are read.
-pub fn read(
-    files: &[(String, String)],
+pub fn read<T: AsRef<str> + Sync>(
+    files: &[(String, T)],
     inventory: impl FnOnce(&[Document]) -> Inventory,
     host: &HostSettings,
     now: Timestamp,
@@ -543,9 +543,9 @@ fn selector_of<'p>(policy: &'p HostPolicy, peer: &'p PeerSpec) -> Option<&'p Sel
 }
 
 /// SHA-256 over names and texts in the order of the names, in hex. Lengths go first, so no text can pass for a name.
-pub fn digest(files: &[(String, String)]) -> String {
-    let mut sorted: Vec<&(String, String)> = files.iter().collect();
-    sorted.sort();
+pub fn digest<T: AsRef<str>>(files: &[(String, T)]) -> String {
+    let mut sorted: Vec<(&str, &str)> = files.iter().map(|(name, text)| (name.as_str(), text.as_ref())).collect();
+    sorted.sort_unstable();
     let mut hash = Sha256::new();
     for (name, text) in sorted {
         for part in [name, text] {

@@ -218,7 +218,7 @@ mod tests {
     use crate::policy::document::{Document, parse};
 
     fn docs(text: &str) -> Vec<WorkloadDoc> {
-        let (documents, problems) = parse(&[("w.yaml".into(), text.into())]);
+        let (documents, problems) = parse(&[("w.yaml".into(), text)]);
         assert!(problems.is_empty(), "{problems:?}");
         documents
             .into_iter()
