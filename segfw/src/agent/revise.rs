@@ -303,8 +303,9 @@ impl Core {
         let took = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.shared.apply_ns.store(took, std::sync::atomic::Ordering::Relaxed);
         // From here on it is enforced; what follows is for the next agent, and for who reads.
-        crate::policy::resolve::replace_rules(&mut f.policy, rules);
-        f.basis = Basis { sets: std::mem::take(&mut f.basis.sets), ..basis };
+        f.basis.ends.replace_rules(&mut f.policy, rules);
+        let Basis { sets, ends, .. } = std::mem::take(&mut f.basis);
+        f.basis = Basis { sets, ends, ..basis };
         let digest = crate::policy::digest(&files);
         if digest != f.revision.digest {
             f.revision.number = self.saved.revision + 1;

@@ -3,7 +3,7 @@
 use super::registry::Registry;
 use crate::control::report::{Finding, Refused};
 use crate::control::trial;
-use crate::policy::compile::{Amendment, Clock, PortLists, amend, compile_whole};
+use crate::policy::compile::{Amendment, Clock, Ends, PortLists, amend, compile_whole};
 use crate::policy::document::{Cache, Document, WorkloadDoc, parse_again};
 use crate::policy::host_policy::{Labels, Rule};
 use crate::policy::resolve;
@@ -43,6 +43,8 @@ pub struct Basis {
     pub sets: Vec<Labels>,
     /// Port lists of its rules.
     pub lists: PortLists,
+    /// The ends of its rules.
+    pub ends: Ends,
 }
 
 /// A revision in which only a few rules are others, compiled alone.
@@ -51,7 +53,7 @@ pub struct Change {
     pub rules: BTreeMap<String, Vec<Rule>>,
     /// What differs in the tables.
     pub amendment: Amendment,
-    /// After the change.
+    /// After the change, but for the label sets and the ends of rules.
     pub basis: Basis,
 }
 
@@ -70,8 +72,9 @@ pub fn change(
         return None;
     }
     let rules = resolve::changed_rules(policy, &basis.documents, documents)?;
-    let (amendment, lists) = amend(policy, tables, &basis.lists, &basis.sets, &rules, numbers, clock)?;
-    let basis = Basis { documents: documents.to_vec(), sets: Vec::new(), lists };
+    let held = (policy, &basis.ends);
+    let (amendment, lists) = amend(held, tables, &basis.lists, &basis.sets, &rules, numbers, clock)?;
+    let basis = Basis { documents: documents.to_vec(), lists, ..Basis::default() };
     Some(Change { rules, amendment, basis })
 }
 
@@ -143,7 +146,7 @@ pub fn build_read(
     *numbers = next;
     *registry = candidate;
     let digest = policy::digest(&files);
-    let basis = Basis { documents, sets, lists };
+    let basis = Basis { documents, sets, lists, ends: Ends::of(&policy) };
     Ok(Candidate { files, digest, policy, tables, warnings: findings, basis })
 }
 

@@ -1495,7 +1495,9 @@ fn judge(rules: &[&Prepared], when: When, direction: Direction, fallback: Outcom
 }
 
 pub mod amend;
+pub mod ends;
 pub use amend::{Amendment, PortLists, amend};
+pub use ends::Ends;
 #[doc(hidden)]
 pub mod random;
 #[doc(hidden)]

@@ -204,13 +204,6 @@ pub fn changed_rules(
     Some(changed)
 }
 
-/// Puts the rules of these policies in the place of those that they had.
-pub fn replace_rules(policy: &mut HostPolicy, changed: BTreeMap<String, Vec<Rule>>) {
-    policy.rules.retain(|rule| !changed.contains_key(&rule.policy));
-    policy.rules.extend(changed.into_values().flatten());
-    policy.rules.sort_by(|a, b| precedence(a).cmp(&precedence(b)));
-}
-
 struct Resolver<'d> {
     index: HashMap<&'d str, usize>,
     mentioned: HashSet<usize>,

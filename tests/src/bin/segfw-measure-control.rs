@@ -195,7 +195,7 @@ fn phases(size: Size) -> Result<()> {
         least.time("drop of documents and tables", move || drop((docs, resolved, tables, again, back)));
         let candidate = least.time("build (all of it but the kernel)", || {
             revision::build(
-                texts.clone(),
+                texts.iter().map(|(name, text)| (name.clone(), text.as_str().into())).collect(),
                 &mut policy::document::Cache::default(),
                 &mut Registry::default(),
                 &mut numbers,

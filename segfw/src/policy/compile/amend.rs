@@ -6,6 +6,7 @@
 //! the tables before. What a change may do beyond that (other prefixes, other label sets, a rule for `any` peers, rules
 //! with an end) is left to a compilation from nothing: then the answer is `None`, which is never wrong, only slow.
 
+use super::ends::{Peers, stretches};
 use super::*;
 use foldhash::{HashSet, HashSetExt as _};
 
@@ -114,7 +115,7 @@ struct Known<'a> {
 /// gone). `tables` and `lists` are those of `old`, and `local` the label sets that they were compiled for, with none
 /// elsewhere. Also the port lists after it. `None` = that must be found by compiling everything.
 pub fn amend(
-    old: &HostPolicy,
+    (old, ends): (&HostPolicy, &Ends),
     tables: &Tables,
     lists: &PortLists,
     local: &[Labels],
@@ -122,17 +123,14 @@ pub fn amend(
     numbers: &mut Numbers,
     clock: Clock,
 ) -> Option<(Amendment, PortLists)> {
-    // Rules of one policy mostly follow each other.
-    let mut last: Option<(&str, bool)> = None;
-    let is_changed: Vec<bool> = old
-        .rules
-        .iter()
-        .map(|rule| match last {
-            Some((policy, is)) if policy == rule.policy => is,
-            Some(_) | None => last.insert((&rule.policy, changed.contains_key(&rule.policy))).1,
-        })
-        .collect();
-    let before: Vec<&Rule> = old.rules.iter().zip(&is_changed).filter(|(_, is)| **is).map(|(rule, _)| rule).collect();
+    let sides = ends.sides(old.rules.len())?;
+    let stretches = stretches(&old.rules, changed.keys().map(String::as_str));
+    let before: Vec<&Rule> = stretches.iter().filter_map(|stretch| old.rules.get(stretch.clone())).flatten().collect();
+    // All the others, each with its ends.
+    let starts = std::iter::once(0).chain(stretches.iter().map(|stretch| stretch.end));
+    let others = starts.zip(stretches.iter().map(|stretch| stretch.start).chain([old.rules.len()]));
+    let others = others.filter_map(|(first, past)| Some((old.rules.get(first..past)?, sides.get(first..past)?)));
+    let others = others.flat_map(|(rules, sides)| rules.iter().zip(sides));
     let (gone, new) = sort_out(&before, changed)?;
 
     let sets: Vec<&Labels> = local.iter().collect();
@@ -194,16 +192,23 @@ pub fn amend(
     // Every rule that names one of these pairs, and nobody else.
     let finder = Finder::new(&known, &dirty);
     let mut rules: Vec<&Rule> = Vec::new();
-    for (rule, _) in old.rules.iter().zip(&is_changed).filter(|(_, is)| !**is) {
-        let named = finder.names(&rule.from) && finder.names(&rule.to);
-        if !named && unnamed.is_empty() {
-            continue;
-        }
-        for net in inline_nets(&[rule]).map(Net::from) {
-            let _ = unnamed.remove(&net);
-        }
-        if named {
+    for (rule, sides) in others.clone() {
+        if finder.may_name(sides.from)
+            && finder.may_name(sides.to)
+            && finder.names(&rule.from)
+            && finder.names(&rule.to)
+        {
             rules.push(rule);
+        }
+    }
+    for (rule, sides) in others {
+        if unnamed.is_empty() {
+            break;
+        }
+        if sides.from.has(Peers::ADDRESSES) || sides.to.has(Peers::ADDRESSES) {
+            for net in inline_nets(&[rule]).map(Net::from) {
+                let _ = unnamed.remove(&net);
+            }
         }
     }
     for nets in old.segments.iter().filter_map(|s| match &s.members {
@@ -589,6 +594,16 @@ impl<'a> Finder<'a> {
             })
     }
 
+    /// False = [`Self::names`] is false for these peers. Says it without the rule at hand.
+    fn may_name(&self, peers: Peers) -> bool {
+        peers.has(Peers::ANY | Peers::SEGMENTS)
+            || peers.segment().is_some_and(|i| self.segments.get(i).copied().unwrap_or(true))
+            || peers.has(Peers::SELECT) && !self.dirty.labels.is_empty()
+            || peers.has(Peers::ADDRESSES | Peers::WORLD) && !self.dirty.prefixes.is_empty()
+            || peers.has(Peers::WORLD) && self.dirty.world
+            || peers.has(Peers::HOST) && self.dirty.host
+    }
+
     fn names(&self, peers: &[PeerSpec]) -> bool {
         peers.iter().any(|peer| match peer {
             PeerSpec::Any => true,
@@ -635,7 +650,7 @@ mod tests {
     use super::super::random::{Rng, World, random_rule};
     use super::super::testing::clock;
     use super::*;
-    use crate::policy::resolve::{precedence, replace_rules};
+    use crate::policy::resolve::precedence;
 
     const FIRST: u64 = 0;
     const LAST: u64 = 120;
@@ -705,13 +720,20 @@ mod tests {
             policy.rules.sort_by(|a, b| precedence(a).cmp(&precedence(b)));
             let (mut numbers, mut fresh) = (Numbers::default(), 0);
             let (mut tables, mut lists) = compile_whole(&policy, &sets, &[], &mut numbers, clock()).unwrap();
+            let mut ends = Ends::of(&policy);
             for _ in 0..8 {
                 let name = format!("p{}", rng.below(4));
                 let rules = another(&mut rng, &policy, &name, &mut fresh, simple);
                 let changed = BTreeMap::from([(name, rules)]);
                 let mut given = numbers.clone();
-                let amended = amend(&policy, &tables, &lists, &sets, &changed, &mut given, clock());
-                replace_rules(&mut policy, changed);
+                let amended = amend((&policy, &ends), &tables, &lists, &sets, &changed, &mut given, clock());
+                let mut expected: Vec<Rule> =
+                    policy.rules.iter().filter(|r| !changed.contains_key(&r.policy)).cloned().collect();
+                expected.extend(changed.values().flatten().cloned());
+                expected.sort_by(|a, b| precedence(a).cmp(&precedence(b)));
+                ends.replace_rules(&mut policy, changed);
+                assert_eq!(format!("{:?}", policy.rules), format!("{expected:?}"), "run {run}");
+                assert!(ends == Ends::of(&policy), "run {run}");
                 if amended.is_some() {
                     numbers = given;
                 }
