@@ -238,7 +238,8 @@ pub fn amend(
             Some(IdentityName::Reserved(_) | IdentityName::Labels(_)) | None => None,
         })
         .collect::<Option<_>>()?;
-    let nodes = Nodes::new(local, &[], &prefixes, numbers);
+    let of_prefixes: Vec<Identity> = prefixes.values().map(|net| numbers.identity(&net.to_string())).collect();
+    let nodes = Nodes::new(local, &[], &prefixes, &of_prefixes, numbers);
     let specs = Specs::new(&part, &nodes);
     let groups = Groups::new(&specs, nodes.all.len());
     let program = Program::new(&part, &specs, &groups, &nodes, numbers, clock);
