@@ -68,7 +68,7 @@ pub fn change(
     clock: Clock,
 ) -> Option<Change> {
     // A timeline that was cut short is to be written on.
-    if tables.refresh_at.is_some() || registry.label_sets().iter().any(|set| basis.sets.binary_search(set).is_err()) {
+    if tables.refresh_at.is_some() || !registry.needs_only(&basis.sets) {
         return None;
     }
     let rules = resolve::changed_rules(policy, &basis.documents, documents)?;
