@@ -362,7 +362,8 @@ impl Specs {
         }
         let mut known: HashMap<SpecKey<'_>, u32> = HashMap::new();
         let mut side = |peers| Self::side(peers, policy.segments.len(), &mut known, &mut members, &index, nodes);
-        let (mut from, mut to) = (Vec::new(), Vec::new());
+        let rules = policy.rules.len();
+        let (mut from, mut to) = (Vec::with_capacity(rules), Vec::with_capacity(rules));
         for rule in &policy.rules {
             from.push(side(&rule.from));
             to.push(side(&rule.to));
@@ -668,7 +669,8 @@ impl<'a> Program<'a> {
             }
             any[direction as usize] = of_any;
         }
-        let mut program = Self { specs, rules: Vec::new(), port_lists: Vec::new(), touches, any };
+        let mut program =
+            Self { specs, rules: Vec::with_capacity(policy.rules.len()), port_lists: Vec::new(), touches, any };
         program.prepare(policy, numbers, clock);
         program
     }

@@ -116,7 +116,7 @@ impl Remembered {
 
 /// What changes with the content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
+pub struct Stamp {
     device: u64,
     number: u64,
     size: u64,
@@ -125,7 +125,8 @@ struct Stamp {
 }
 
 impl Stamp {
-    fn of(meta: &fs::Metadata) -> Self {
+    /// Of a file or folder, as it was asked for.
+    pub fn of(meta: &fs::Metadata) -> Self {
         Self {
             device: meta.dev(),
             number: meta.ino(),
