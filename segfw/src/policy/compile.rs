@@ -250,7 +250,7 @@ fn most_addresses(policy: &HostPolicy) -> Option<Costliest> {
 }
 
 fn costliest(rule: &Rule, entries: u64) -> Costliest {
-    Costliest { policy: rule.policy.clone(), rule: rule.name.clone(), at: rule.at.clone(), entries }
+    Costliest { policy: rule.policy.to_string(), rule: rule.name.to_string(), at: rule.at.clone(), entries }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

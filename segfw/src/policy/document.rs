@@ -166,7 +166,7 @@ pub struct PolicyDoc {
 
 #[derive(Clone, Debug)]
 pub struct RuleDoc {
-    pub name: String,
+    pub name: Arc<str>,
     /// Position in its policy, from 0.
     pub index: u32,
     pub from: Vec<At<PeerDoc>>,
@@ -1066,7 +1066,7 @@ impl<'r> Reader<'r> {
         let at = node.at(self.file);
         let rule = || {
             Some(RuleDoc {
-                name: name.to_string(),
+                name: (*name).into(),
                 index,
                 from: from?,
                 to: to?,

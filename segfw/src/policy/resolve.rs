@@ -65,7 +65,8 @@ pub fn resolve<D: Borrow<Document>>(
     };
     policy.rules.reserve_exact(policies.iter().map(|doc| doc.rules.len()).sum());
     for doc in &policies {
-        policy.rules.extend(doc.rules.iter().filter_map(|rule| work.rule(doc, rule)));
+        let name = doc.meta.name.as_str().into();
+        policy.rules.extend(doc.rules.iter().filter_map(|rule| work.rule(doc, &name, rule)));
     }
     policy.rules.sort_by(|a, b| precedence(a).cmp(&precedence(b)));
 
@@ -194,10 +195,11 @@ pub fn changed_rules(
     };
     for doc in added {
         let Document::Policy(doc) = &**doc else { return None };
+        let name = doc.meta.name.as_str().into();
         let rules = doc.rules.iter().map(|rule| {
             // What the kernel answers by itself is judged with the segments at hand.
             let icmp = rule.ports.iter().any(|p| matches!(p.value.proto, Proto::Icmp | Proto::Icmpv6));
-            if icmp { None } else { work.rule(doc, rule) }
+            if icmp { None } else { work.rule(doc, &name, rule) }
         });
         let rules = rules.collect::<Option<Vec<_>>>()?;
         let _ = changed.insert(doc.meta.name.clone(), rules);
@@ -249,12 +251,13 @@ impl Told {
 }
 
 impl Resolver<'_> {
-    fn rule(&mut self, policy: &PolicyDoc, doc: &RuleDoc) -> Option<Rule> {
+    /// `policy_name` is in the document too; here it is shared by all rules.
+    fn rule(&mut self, policy: &PolicyDoc, policy_name: &Arc<str>, doc: &RuleDoc) -> Option<Rule> {
         let RuleDoc { name, index, from, to, ports, action, require, expires, schedule, log, at } = doc;
         let (from, to) = (self.peers(from), self.peers(to));
         Some(Rule {
-            policy: policy.meta.name.clone(),
-            name: name.clone(),
+            policy: Arc::clone(policy_name),
+            name: Arc::clone(name),
             tier: policy.tier,
             priority: policy.priority,
             index: *index,
@@ -356,7 +359,7 @@ fn tests_name_rules(tests: &[&TestDoc], rules: &[Rule], problems: &mut Told) {
     if !tests.iter().flat_map(|t| &t.cases).any(|case| case.by.is_some()) {
         return;
     }
-    let mut known: BTreeSet<String> = rules.iter().map(|r| r.name.clone()).collect();
+    let mut known: BTreeSet<String> = rules.iter().map(|r| r.name.to_string()).collect();
     known.extend(rules.iter().map(|r| format!("{}/{}", r.policy, r.name)));
     let mut budget = NEAR;
     for CaseDoc { by, .. } in tests.iter().flat_map(|t| &t.cases) {

@@ -37,8 +37,8 @@ pub enum IdentityName {
 /// Who wrote a rule, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleName {
-    pub policy: String,
-    pub rule: String,
+    pub policy: Arc<str>,
+    pub rule: Arc<str>,
     pub tier: super::host_policy::Tier,
     pub at: Position,
     /// Entries of `rules` that name this rule: what it costs.
@@ -48,7 +48,13 @@ pub struct RuleName {
 impl RuleName {
     /// Of a rule that so many entries name.
     pub fn of(rule: &Rule, entries: usize) -> Self {
-        Self { policy: rule.policy.clone(), rule: rule.name.clone(), tier: rule.tier, at: rule.at.clone(), entries }
+        Self {
+            policy: Arc::clone(&rule.policy),
+            rule: Arc::clone(&rule.name),
+            tier: rule.tier,
+            at: rule.at.clone(),
+            entries,
+        }
     }
 }
 

@@ -873,7 +873,7 @@ fn the_example_means_what_it_says() {
         matches!(&policy.segments[0].members, Members::Addresses(nets) if nets.len() == 3 && nets[2].prefix_len() == 32)
     );
 
-    let order: Vec<_> = policy.rules.iter().map(|r| (r.tier, r.name.as_str(), r.action)).collect();
+    let order: Vec<_> = policy.rules.iter().map(|r| (r.tier, &*r.name, r.action)).collect();
     assert_eq!(
         order,
         [

@@ -281,7 +281,7 @@ pub fn amend(
 
     // What the numbers mean, and what each rule costs.
     for (rule, prepared) in part.rules.iter().zip(&program.rules).filter_map(|(r, p)| Some((r, p.as_ref()?))) {
-        if changed.contains_key(&rule.policy) {
+        if changed.contains_key(&*rule.policy) {
             let entries = tables.rule_names.get(&prepared.number).map_or(0, |name| name.entries);
             let _ = names.insert(prepared.number, Some(RuleName::of(rule, entries)));
         }
@@ -306,8 +306,7 @@ fn sort_out<'a>(
     before: &[&'a Rule],
     changed: &'a BTreeMap<String, Vec<Rule>>,
 ) -> Option<(Vec<&'a Rule>, Vec<&'a Rule>)> {
-    let mut known: HashMap<(&str, &str), &Rule> =
-        before.iter().map(|r| ((r.policy.as_str(), r.name.as_str()), *r)).collect();
+    let mut known: HashMap<(&str, &str), &Rule> = before.iter().map(|r| ((&*r.policy, &*r.name), *r)).collect();
     if known.len() != before.len() {
         return None;
     }
@@ -315,7 +314,7 @@ fn sort_out<'a>(
     for rules in changed.values() {
         let mut last = None;
         for rule in rules {
-            match known.remove(&(rule.policy.as_str(), rule.name.as_str())) {
+            match known.remove(&(&*rule.policy, &*rule.name)) {
                 Some(old) if says_the_same(old, rule) => {
                     if last.replace(old.index).is_some_and(|last| last >= old.index) {
                         return None;
@@ -671,7 +670,7 @@ mod tests {
 
     /// Other rules for one policy: some gone, some with another answer, some new, seldom in another order.
     fn another(rng: &mut Rng, policy: &HostPolicy, name: &str, fresh: &mut u32, simple: bool) -> Vec<Rule> {
-        let mut rules: Vec<Rule> = policy.rules.iter().filter(|r| r.policy == name).cloned().collect();
+        let mut rules: Vec<Rule> = policy.rules.iter().filter(|r| *r.policy == *name).cloned().collect();
         rules.sort_by_key(|r| r.index);
         rules.retain(|_| !rng.one_in(6));
         for rule in &mut rules {
@@ -687,7 +686,8 @@ mod tests {
         }
         for _ in 0..rng.below(3) {
             *fresh += 1;
-            let rule = Rule { name: format!("n{fresh}"), policy: name.to_owned(), ..random_rule(rng, policy, *fresh) };
+            let rule =
+                Rule { name: format!("n{fresh}").into(), policy: name.into(), ..random_rule(rng, policy, *fresh) };
             rules.insert(rng.below(rules.len() + 1), rule);
         }
         if rng.one_in(12) && rules.len() > 1 {
@@ -713,7 +713,7 @@ mod tests {
             let sets: Vec<Labels> = sets.into_iter().collect();
             let mut policy = world.policy;
             for rule in &mut policy.rules {
-                rule.policy = format!("p{}", rule.index % 3);
+                rule.policy = format!("p{}", rule.index % 3).into();
                 if simple {
                     plain(rule, &mut rng);
                 }
@@ -729,7 +729,7 @@ mod tests {
                 let mut given = numbers.clone();
                 let amended = amend((&policy, &ends), &tables, &lists, &sets, &changed, &mut given, clock());
                 let mut expected: Vec<Rule> =
-                    policy.rules.iter().filter(|r| !changed.contains_key(&r.policy)).cloned().collect();
+                    policy.rules.iter().filter(|r| !changed.contains_key(&*r.policy)).cloned().collect();
                 expected.extend(changed.values().flatten().cloned());
                 expected.sort_by(|a, b| precedence(a).cmp(&precedence(b)));
                 ends.replace_rules(&mut policy, changed);

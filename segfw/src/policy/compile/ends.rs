@@ -85,8 +85,8 @@ pub(super) fn stretches<'p>(rules: &[Rule], policies: impl Iterator<Item = &'p s
         let length = rest.partition_point(|rule| Some(rank(rule)) <= of_rank);
         let of_rank = rest.get(..length).unwrap_or_default();
         for name in policies.clone() {
-            let begin = of_rank.partition_point(|rule| rule.policy.as_str() < name);
-            let end = of_rank.partition_point(|rule| rule.policy.as_str() <= name);
+            let begin = of_rank.partition_point(|rule| *rule.policy < *name);
+            let end = of_rank.partition_point(|rule| *rule.policy <= *name);
             found.extend((begin < end).then_some(first + begin..first + end));
         }
         first += length;
@@ -117,14 +117,14 @@ impl Ends {
             let had = old.iter().filter_map(|stretch| policy.rules.get(stretch.start)).map(rank);
             let ranks: BTreeSet<Rank> = had.chain(new.keys().copied()).collect();
             for of_rank in ranks {
-                let key = |rule: &Rule| (rank(rule), rule.policy.as_str() < name.as_str());
+                let key = |rule: &Rule| (rank(rule), *rule.policy < *name);
                 // What is before this policy in its rank sorts first.
                 let begin = policy.rules.partition_point(|rule| {
                     let (rank, before) = key(rule);
                     rank < of_rank || rank == of_rank && before
                 });
                 let length = policy.rules.get(begin..).unwrap_or_default();
-                let length = length.partition_point(|rule| rank(rule) == of_rank && rule.policy == name);
+                let length = length.partition_point(|rule| rank(rule) == of_rank && *rule.policy == *name);
                 let rules = new.remove(&of_rank).unwrap_or_default();
                 drop(self.0.splice(begin..begin + length, rules.iter().map(Sides::of)));
                 drop(policy.rules.splice(begin..begin + length, rules));
