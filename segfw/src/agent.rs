@@ -32,6 +32,7 @@ use crate::host::runtime::{Listing, Runtimes};
 use crate::host::{netns, proc};
 use crate::policy::document::Cache;
 use crate::policy::host_policy::Labels;
+use crate::policy::load::Memory;
 use crate::policy::tables::{IdentityName, Numbers};
 use crate::policy::{HostPolicy, Tables, TablesView};
 use anyhow::Context;
@@ -98,7 +99,9 @@ pub struct Core {
     archive: archive::Archive,
     /// Who put the files there that are being read; `None` = somebody changed the folder.
     source: Option<String>,
-    /// What the files said that were read last.
+    /// The files that were read last.
+    texts: Memory,
+    /// What they said.
     read: Cache,
     registry: Registry,
     /// As written to the kernel.
@@ -254,7 +257,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
             _ = hangup.recv() => {
                 notifier.reloading();
                 let core = Arc::clone(&agent);
-                let _ = on_thread(move || core.core().reload(false)).await;
+                let reload = move || {
+                    let mut core = core.core();
+                    core.texts.doubt();
+                    core.reload(false)
+                };
+                let _ = on_thread(reload).await;
                 notifier.tell(&agent);
             }
             () = notifier.due() => notifier.tell(&agent),

@@ -2,12 +2,13 @@
 
 use crate::control::Failure;
 use crate::control::report::{PastReport, PolicyFile};
-use crate::policy;
+use crate::policy::{self, load::Files};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Revisions that are kept. A month of daily changes; who needs more keeps the folder in git.
 pub const REVISIONS: usize = 32;
@@ -22,12 +23,12 @@ pub const FOLDER: &str = "the folder changed";
 
 /// One revision on disk.
 #[derive(Debug, Serialize, Deserialize)]
-struct Kept {
+struct Kept<F> {
     number: u64,
     digest: String,
     at: Timestamp,
     source: String,
-    files: Vec<(String, String)>,
+    files: F,
 }
 
 /// A folder with one file for each revision.
@@ -57,14 +58,19 @@ impl Archive {
     }
 
     /// Keeps a revision, and lets the oldest go. Written aside, flushed and renamed: there is never half of one.
-    pub fn keep(&self, number: u64, at: Timestamp, source: &str, files: &[(String, String)]) -> io::Result<()> {
+    pub fn keep(
+        &self,
+        number: u64,
+        digest: &str,
+        at: Timestamp,
+        source: &str,
+        files: &[(String, Arc<str>)],
+    ) -> io::Result<()> {
         let source: String = source.chars().filter(|c| !c.is_control()).take(SOURCE_CHARS).collect();
-        let kept = Kept { number, digest: policy::digest(files), at, source, files: files.to_vec() };
+        let kept = Kept { number, digest: digest.to_owned(), at, source, files };
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)?;
         let aside = self.dir.join("new");
-        let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
-        file.write_all(&serde_json::to_vec(&kept)?)?;
-        file.sync_all()?;
+        super::revision::write_whole(&aside, &kept)?;
         std::fs::rename(&aside, self.path(number))?;
         std::fs::File::open(&self.dir)?.sync_all()?;
         self.thin()
@@ -73,7 +79,7 @@ impl Archive {
     /// Says who a revision is from, where only a change of the folder was seen.
     pub fn attribute(&self, number: u64, source: &str) -> io::Result<()> {
         match self.read(number) {
-            Ok(kept) if kept.source == FOLDER => self.keep(number, kept.at, source, &kept.files),
+            Ok(kept) if kept.source == FOLDER => self.keep(number, &kept.digest, kept.at, source, &kept.files),
             Ok(_) | Err(_) => Ok(()),
         }
     }
@@ -107,9 +113,9 @@ impl Archive {
     }
 
     /// A revision that is whole, or why it is not.
-    fn read(&self, number: u64) -> Result<Kept, String> {
+    fn read(&self, number: u64) -> Result<Kept<Files>, String> {
         let bytes = std::fs::read(self.path(number)).map_err(|e| e.to_string())?;
-        let kept: Kept = serde_json::from_slice(&bytes).map_err(|e| format!("not readable: {e}"))?;
+        let kept: Kept<Files> = serde_json::from_slice(&bytes).map_err(|e| format!("not readable: {e}"))?;
         if kept.number != number {
             return Err(format!("it says that it is revision {}", kept.number));
         }
@@ -151,7 +157,7 @@ impl Archive {
         let kept = self.read(number).map_err(|why| {
             Failure::system(format!("revision {number} is damaged ({}: {why})", self.path(number).display()))
         })?;
-        Ok(kept.files.into_iter().map(|(name, text)| PolicyFile { name, text }).collect())
+        Ok(kept.files.into_iter().map(|(name, text)| PolicyFile { name, text: text.to_string() }).collect())
     }
 }
 
@@ -159,8 +165,12 @@ impl Archive {
 mod tests {
     use super::*;
 
-    fn files(text: &str) -> Vec<(String, String)> {
-        vec![("a.yaml".to_owned(), text.to_owned())]
+    fn files(text: &str) -> Files {
+        vec![("a.yaml".to_owned(), text.into())]
+    }
+
+    fn keep(archive: &Archive, number: u64, source: &str, files: &Files) {
+        archive.keep(number, &policy::digest(files), Timestamp::UNIX_EPOCH, source, files).unwrap();
     }
 
     #[test]
@@ -169,7 +179,7 @@ mod tests {
         let archive = Archive::new(dir.path());
         assert!(archive.list(None).unwrap().is_empty());
         for n in 1..=REVISIONS as u64 + 3 {
-            archive.keep(n, Timestamp::UNIX_EPOCH, "me\x1b[31m", &files(&n.to_string())).unwrap();
+            keep(&archive, n, "me\x1b[31m", &files(&n.to_string()));
         }
         let list = archive.list(Some(35)).unwrap();
         assert_eq!((list.len(), list[0].number, list[31].number), (REVISIONS, 35, 4));
@@ -177,7 +187,7 @@ mod tests {
         assert!(list[0].in_force && !list[1].in_force && list[0].source == "me[31m", "{:?}", list[0]);
         assert_eq!(archive.files(35).unwrap()[0].text, "35");
         assert!(archive.files(1).unwrap_err().message.contains("not kept here"));
-        archive.keep(36, Timestamp::UNIX_EPOCH, FOLDER, &files("x")).unwrap();
+        keep(&archive, 36, FOLDER, &files("x"));
         archive.attribute(36, "apply").unwrap();
         archive.attribute(35, "apply").unwrap();
         let list = archive.list(None).unwrap();
@@ -189,7 +199,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let archive = Archive::new(dir.path());
         for n in 1..=4 {
-            archive.keep(n, Timestamp::UNIX_EPOCH, "me", &files("x")).unwrap();
+            keep(&archive, n, "me", &files("x"));
         }
         // Sparse: its size counts, not its blocks.
         std::fs::File::options().write(true).open(archive.path(4)).unwrap().set_len(BYTES + 1).unwrap();
@@ -201,8 +211,8 @@ mod tests {
     fn a_damaged_one_is_said_and_skipped() {
         let dir = tempfile::tempdir().unwrap();
         let archive = Archive::new(dir.path());
-        archive.keep(1, Timestamp::UNIX_EPOCH, "me", &files("x")).unwrap();
-        archive.keep(2, Timestamp::UNIX_EPOCH, "me", &files("y")).unwrap();
+        keep(&archive, 1, "me", &files("x"));
+        keep(&archive, 2, "me", &files("y"));
         let whole = std::fs::read_to_string(archive.path(2)).unwrap();
         for broken in [whole.replace("\"y\"", "\"z\""), whole[..whole.len() / 2].to_owned(), String::new()] {
             std::fs::write(archive.path(2), broken).unwrap();

@@ -1,6 +1,6 @@
 //! What the control socket is told.
 
-use super::{Agent, Core, on_thread, trouble};
+use super::{Agent, Arc, Core, on_thread, trouble};
 use crate::config::{AbsenceConfig, Absent};
 use crate::control::report::{
     Absence, AgentReport, CounterReport, Enforcement, Explanation, HookReport, MapReport, Neighbour, PastReport,
@@ -67,7 +67,8 @@ impl Backend for Agent {
             let core = self.core();
             let in_force = core.in_force.as_ref().filter(|f| revision.is_none_or(|n| n == f.revision.number));
             if let Some(f) = in_force {
-                let file = |(name, text): &(String, String)| PolicyFile { name: name.clone(), text: text.clone() };
+                let file =
+                    |(name, text): &(String, Arc<str>)| PolicyFile { name: name.clone(), text: text.to_string() };
                 return Ok(f.files.iter().map(file).collect());
             }
             core.archive.clone()

@@ -9,7 +9,7 @@
 //!   it counts after [`SETTLE`] without another, and a file that was written to counts once its writer has closed it, or
 //!   has been still for [`WRITER`].
 
-use crate::policy::load::FOLDER_DEPTH;
+use crate::policy::load::{FOLDER_DEPTH, Stamp};
 use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::{HashMap, HashSet};
@@ -75,8 +75,8 @@ impl Drop for Folder {
     }
 }
 
-/// Of one file or folder: path, size, time of change, number.
-type Seen = (PathBuf, u64, i64, i64, u64, u64);
+/// Of one file or folder: what `load::Stamp` has of it too, so that what is seen here is read again there.
+type Seen = (PathBuf, Stamp);
 
 struct Watch {
     path: PathBuf,
@@ -118,9 +118,9 @@ impl Watch {
                     stack.push((entry.path(), depth + 1));
                 }
             }
-            all.push((path, meta.size(), meta.mtime(), meta.mtime_nsec(), meta.ino(), meta.dev()));
+            all.push((path, Stamp::of(&meta)));
         }
-        all.sort();
+        all.sort_unstable_by(|a, b| a.0.cmp(&b.0));
         self.watch(&folders);
         let changed = self.seen != all;
         self.seen = all;
@@ -378,6 +378,23 @@ mod tests {
         pending.saw(Step::Other, now);
         pending.saw(Step::Whole, now + BURST);
         assert_eq!(pending.due(), Some(now + BURST + SETTLE));
+    }
+
+    #[test]
+    fn looking_finds_a_change_of_the_same_size_and_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.yaml");
+        let write = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            std::fs::File::options().write(true).open(&path).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+            Stamp::of(&std::fs::metadata(&path).unwrap())
+        };
+        let before = write("one");
+        let mut watch = Watch::new(dir.path());
+        assert!(watch.look() && !watch.look());
+        // Until the clock of the file system has ticked.
+        while write("two") == before {}
+        assert!(watch.look() && !watch.look());
     }
 
     #[test]

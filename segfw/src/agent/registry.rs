@@ -312,6 +312,16 @@ impl Registry {
         sets.into_iter().collect()
     }
 
+    /// Are all label sets among these, in ascending order?
+    pub fn needs_only(&self, sets: &[Labels]) -> bool {
+        let is_there = |set: &Labels| sets.binary_search(set).is_ok();
+        if !self.host_labels.is_empty() {
+            return self.label_sets().iter().all(is_there);
+        }
+        // What a document gives is then what it says.
+        self.docs.iter().all(|doc| is_there(&doc.labels)) && self.workloads().iter().all(|w| is_there(&w.labels))
+    }
+
     /// What the resolver is told of this host.
     pub fn known(&self) -> Vec<Known> {
         self.workloads().into_iter().map(|w| Known { name: w.name, cgroup: w.cgroup, labels: w.labels }).collect()

@@ -78,6 +78,7 @@ impl Core {
             hierarchy,
             archive,
             source: None,
+            texts: Memory::default(),
             read: Cache::default(),
             store,
             saved,
@@ -176,11 +177,14 @@ impl Core {
     }
 
     /// Reads the folder and puts it in force, or says why not; then the last revision stays. `advise` = somebody is there to
-    /// read what is odd about it.
+    /// read what is odd about it, who asked for it: then every file is read.
     pub(super) fn reload(&mut self, advise: bool) -> report::ReloadReport {
         let before = self.in_force.as_ref().map(|f| (f.revision.number, f.revision.digest.clone()));
         let begun = std::time::Instant::now();
-        let files = crate::policy::read_dir_recursive(&self.config.policy);
+        if advise {
+            self.texts.doubt();
+        }
+        let files = crate::policy::load::read_again(&self.config.policy, &mut self.texts);
         tracing::debug!(took = ?begun.elapsed(), "files read");
         let warnings = match files {
             Ok(files) => self.take(files, advise),
@@ -300,8 +304,9 @@ impl Core {
         let took = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.shared.apply_ns.store(took, std::sync::atomic::Ordering::Relaxed);
         // From here on it is enforced; what follows is for the next agent, and for who reads.
-        crate::policy::resolve::replace_rules(&mut f.policy, rules);
-        f.basis = Basis { sets: std::mem::take(&mut f.basis.sets), ..basis };
+        f.basis.ends.replace_rules(&mut f.policy, rules);
+        let Basis { sets, ends, .. } = std::mem::take(&mut f.basis);
+        f.basis = Basis { sets, ends, ..basis };
         let digest = crate::policy::digest(&files);
         if digest != f.revision.digest {
             f.revision.number = self.saved.revision + 1;
@@ -425,7 +430,7 @@ impl Core {
             return;
         }
         let source = self.source.as_deref().unwrap_or(archive::FOLDER);
-        let kept = self.archive.keep(number, f.revision.loaded_at, source, &f.files);
+        let kept = self.archive.keep(number, &f.revision.digest, f.revision.loaded_at, source, &f.files);
         let what = format!("revision {number} cannot be kept in {}", self.config.state_dir.display());
         self.written("history", &what, "there is no way back to this revision", kept);
     }

@@ -3,7 +3,7 @@
 use super::registry::Registry;
 use crate::control::report::{Finding, Refused};
 use crate::control::trial;
-use crate::policy::compile::{Amendment, Clock, PortLists, amend, compile_whole};
+use crate::policy::compile::{Amendment, Clock, Ends, PortLists, amend, compile_whole};
 use crate::policy::document::{Cache, Document, WorkloadDoc, parse_again};
 use crate::policy::host_policy::{Labels, Rule};
 use crate::policy::resolve;
@@ -16,8 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Files as they were read: name relative to the folder, and text.
-pub type Files = Vec<(String, String)>;
+pub use crate::policy::load::Files;
 
 /// A revision that passed every test short of the kernel.
 pub struct Candidate {
@@ -44,6 +43,8 @@ pub struct Basis {
     pub sets: Vec<Labels>,
     /// Port lists of its rules.
     pub lists: PortLists,
+    /// The ends of its rules.
+    pub ends: Ends,
 }
 
 /// A revision in which only a few rules are others, compiled alone.
@@ -52,7 +53,7 @@ pub struct Change {
     pub rules: BTreeMap<String, Vec<Rule>>,
     /// What differs in the tables.
     pub amendment: Amendment,
-    /// After the change.
+    /// After the change, but for the label sets and the ends of rules.
     pub basis: Basis,
 }
 
@@ -67,12 +68,13 @@ pub fn change(
     clock: Clock,
 ) -> Option<Change> {
     // A timeline that was cut short is to be written on.
-    if tables.refresh_at.is_some() || registry.label_sets().iter().any(|set| basis.sets.binary_search(set).is_err()) {
+    if tables.refresh_at.is_some() || !registry.needs_only(&basis.sets) {
         return None;
     }
     let rules = resolve::changed_rules(policy, &basis.documents, documents)?;
-    let (amendment, lists) = amend(policy, tables, &basis.lists, &basis.sets, &rules, numbers, clock)?;
-    let basis = Basis { documents: documents.to_vec(), sets: Vec::new(), lists };
+    let held = (policy, &basis.ends);
+    let (amendment, lists) = amend(held, tables, &basis.lists, &basis.sets, &rules, numbers, clock)?;
+    let basis = Basis { documents: documents.to_vec(), lists, ..Basis::default() };
     Some(Change { rules, amendment, basis })
 }
 
@@ -144,7 +146,7 @@ pub fn build_read(
     *numbers = next;
     *registry = candidate;
     let digest = policy::digest(&files);
-    let basis = Basis { documents, sets, lists };
+    let basis = Basis { documents, sets, lists, ends: Ends::of(&policy) };
     Ok(Candidate { files, digest, policy, tables, warnings: findings, basis })
 }
 
@@ -192,17 +194,26 @@ impl Store {
 
     /// Writes aside, flushes, renames, flushes the folder: after a power cut the old or the new state is there, whole.
     pub fn save(&self, saved: &Saved) -> std::io::Result<()> {
-        use std::io::Write;
-        use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+        use std::os::unix::fs::DirBuilderExt;
         let dir = self.dir();
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let aside = self.path.with_extension("new");
-        let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
-        file.write_all(&serde_json::to_vec(saved)?)?;
-        file.sync_all()?;
+        write_whole(&aside, saved)?;
         std::fs::rename(&aside, &self.path)?;
         std::fs::File::open(dir)?.sync_all()
     }
+}
+
+/// Bytes that are written at once.
+const WRITE: usize = 1 << 16;
+
+/// Writes a value as JSON, piece by piece (it is as large as the policy), and flushes it to the disk. Mode 0600.
+pub(super) fn write_whole(path: &Path, value: &impl Serialize) -> std::io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    let mut out = std::io::BufWriter::with_capacity(WRITE, file);
+    serde_json::to_writer(&mut out, value)?;
+    out.into_inner()?.sync_all()
 }
 
 #[cfg(test)]
@@ -239,7 +250,7 @@ mod tests {
         let mut numbers = Numbers::default();
         let mut read = Cache::default();
         let mut take = |expect| {
-            let files = vec![("a.yaml".into(), text(expect))];
+            let files = vec![("a.yaml".into(), text(expect).into())];
             build(files, &mut read, &mut Registry::default(), &mut numbers, false, clock)
         };
         assert!(take("deny").is_ok());
@@ -261,8 +272,9 @@ mod tests {
             .unwrap();
         let before = (registry.label_sets(), numbers.clone());
         let bad = good.replace("labels:", "lables:");
-        let refused =
-            build(vec![("a.yaml".into(), bad)], &mut read, &mut registry, &mut numbers, false, clock).err().unwrap();
+        let refused = build(vec![("a.yaml".into(), bad.into())], &mut read, &mut registry, &mut numbers, false, clock)
+            .err()
+            .unwrap();
         assert_eq!(refused.why, "the policy has errors");
         assert!(
             refused.problems.iter().any(|p| p.help.as_deref().is_some_and(|h| h.contains("labels"))),

@@ -375,7 +375,7 @@ fn default_of(segments: &[String], policy: &HostPolicy, allows: impl Fn(&Segment
 }
 
 fn rule_report(rule: &RuleRef, policy: &HostPolicy) -> RuleReport {
-    let found = policy.rules.iter().find(|r| r.name == rule.rule && r.policy == rule.policy);
+    let found = policy.rules.iter().find(|r| *r.name == *rule.rule && *r.policy == *rule.policy);
     let unknown = || "unknown".to_owned();
     RuleReport {
         policy: rule.policy.clone(),

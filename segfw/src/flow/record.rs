@@ -353,10 +353,10 @@ impl RuleNames {
     }
 
     fn learn(&mut self, number: u32, RuleName { policy, rule, tier: _, at, entries: _ }: &RuleName) {
-        if self.get(number).is_some_and(|w| *w.policy == *policy && *w.rule == *rule && w.at == *at) {
+        if self.get(number).is_some_and(|w| **w.policy == **policy && **w.rule == **rule && w.at == *at) {
             return;
         }
-        let words = RuleWords { policy: policy.as_str().into(), rule: rule.as_str().into(), at: at.clone() };
+        let words = RuleWords { policy: (&**policy).into(), rule: (&**rule).into(), at: at.clone() };
         let _ = Arc::make_mut(self.0.entry(number / Self::STRETCH).or_default()).insert(number, words);
     }
 }
@@ -727,8 +727,8 @@ pub(crate) mod tests {
             (Identity(258), IdentityName::Prefix("203.0.113.0/24".parse().unwrap())),
         ]);
         let rule = |rule: &str, line| RuleName {
-            policy: "payments-db-access".to_owned(),
-            rule: rule.to_owned(),
+            policy: "payments-db-access".into(),
+            rule: rule.into(),
             tier: Tier::Application,
             at: Position { file: "payments.yaml".into(), line, column: 7 },
             entries: 1,

@@ -120,7 +120,8 @@ pub fn compile_whole(
 ) -> Result<(Tables, PortLists), Vec<CompileProblem>> {
     let mut tables = Tables::default();
     let prefixes = named_prefixes(policy);
-    tables.prefixes = prefix_table(&prefixes, numbers);
+    let of_prefixes: Vec<Identity> = prefixes.values().map(|net| numbers.identity(&net.to_string())).collect();
+    tables.prefixes = prefix_table(&prefixes, &of_prefixes);
     if tables.prefixes.len() > bounds::PREFIXES as usize {
         return Err(vec![CompileProblem::Capacity {
             table: "prefixes",
@@ -129,7 +130,7 @@ pub fn compile_whole(
             costliest: most_addresses(policy),
         }]);
     }
-    let nodes = Nodes::new(local, remote, &prefixes, numbers);
+    let nodes = Nodes::new(local, remote, &prefixes, &of_prefixes, numbers);
     tables.identities = nodes.names();
     let here: Vec<Identity> = local.iter().map(|labels| numbers.labels(labels)).collect();
     let specs = Specs::new(policy, &nodes);
@@ -208,10 +209,11 @@ fn named_prefixes(policy: &HostPolicy) -> BTreeMap<Net, IpNet> {
     address_lists(policy).flatten().map(|net| (Net::from(net), plain(net))).collect()
 }
 
-fn prefix_table(prefixes: &BTreeMap<Net, IpNet>, numbers: &mut Numbers) -> BTreeMap<PrefixKey, Identity> {
-    let mut table = BTreeMap::new();
+/// `identities` are those of the prefixes, in their order.
+fn prefix_table(prefixes: &BTreeMap<Net, IpNet>, identities: &[Identity]) -> BTreeMap<PrefixKey, Identity> {
+    let mut table = Vec::with_capacity(prefixes.len());
     let mut covers_v4 = false;
-    for net in prefixes.values() {
+    for (net, identity) in prefixes.values().zip(identities) {
         let bits = match net {
             IpNet::V4(v4) => MAPPED_BITS + u32::from(v4.prefix_len()),
             IpNet::V6(v6) => {
@@ -219,8 +221,10 @@ fn prefix_table(prefixes: &BTreeMap<Net, IpNet>, numbers: &mut Numbers) -> BTree
                 u32::from(v6.prefix_len())
             }
         };
-        let _ = table.insert(PrefixKey { bits, addr: net.network().into() }, numbers.identity(&net.to_string()));
+        table.push((PrefixKey { bits, addr: net.network().into() }, *identity));
     }
+    // Built at once: one by one takes several times as long.
+    let mut table: BTreeMap<PrefixKey, Identity> = table.into_iter().collect();
     if covers_v4 {
         // The longest-prefix table has one tree for both families; this entry parts them again.
         let v4 = PrefixKey { bits: MAPPED_BITS, addr: Addr::from(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) };
@@ -246,7 +250,7 @@ fn most_addresses(policy: &HostPolicy) -> Option<Costliest> {
 }
 
 fn costliest(rule: &Rule, entries: u64) -> Costliest {
-    Costliest { policy: rule.policy.clone(), rule: rule.name.clone(), at: rule.at.clone(), entries }
+    Costliest { policy: rule.policy.to_string(), rule: rule.name.to_string(), at: rule.at.clone(), entries }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -262,14 +266,21 @@ struct Nodes<'a> {
 }
 
 impl<'a> Nodes<'a> {
-    fn new(local: &'a [Labels], remote: &'a [Labels], prefixes: &BTreeMap<Net, IpNet>, numbers: &mut Numbers) -> Self {
+    /// `of_prefixes` are the identities of the prefixes, in their order.
+    fn new(
+        local: &'a [Labels],
+        remote: &'a [Labels],
+        prefixes: &BTreeMap<Net, IpNet>,
+        of_prefixes: &[Identity],
+        numbers: &mut Numbers,
+    ) -> Self {
         let here: BTreeSet<&Labels> = local.iter().collect();
         let elsewhere: BTreeSet<&Labels> = remote.iter().filter(|l| !here.contains(l)).collect();
         let local = here.len();
         let labels: Vec<&Labels> = here.into_iter().chain(elsewhere).collect();
         let prefixes: Vec<(Net, IpNet)> = prefixes.iter().map(|(net, ip)| (*net, *ip)).collect();
         let mut all: Vec<Identity> = labels.iter().map(|l| numbers.labels(l)).collect();
-        all.extend(prefixes.iter().map(|(_, net)| numbers.identity(&net.to_string())));
+        all.extend(of_prefixes);
         all.extend([Identity::HOST, Identity::WORLD]);
         Self { all, labels, local, prefixes }
     }
@@ -291,11 +302,10 @@ impl<'a> Nodes<'a> {
             (Identity::WORLD, "world"),
             (Identity::KERNEL, "kernel"),
         ];
-        let mut names: BTreeMap<_, _> = reserved.map(|(id, name)| (id, IdentityName::Reserved(name))).into();
-        names.extend(self.labels.iter().zip(&self.all).map(|(l, id)| (*id, IdentityName::Labels((*l).clone()))));
+        let reserved = reserved.into_iter().map(|(id, name)| (id, IdentityName::Reserved(name)));
+        let labels = self.labels.iter().zip(&self.all).map(|(l, id)| (*id, IdentityName::Labels((*l).clone())));
         let of_prefixes = self.prefixes.iter().zip(self.all.iter().skip(self.first_prefix()));
-        names.extend(of_prefixes.map(|((_, net), id)| (*id, IdentityName::Prefix(*net))));
-        names
+        reserved.chain(labels).chain(of_prefixes.map(|((_, net), id)| (*id, IdentityName::Prefix(*net)))).collect()
     }
 }
 
@@ -352,7 +362,8 @@ impl Specs {
         }
         let mut known: HashMap<SpecKey<'_>, u32> = HashMap::new();
         let mut side = |peers| Self::side(peers, policy.segments.len(), &mut known, &mut members, &index, nodes);
-        let (mut from, mut to) = (Vec::new(), Vec::new());
+        let rules = policy.rules.len();
+        let (mut from, mut to) = (Vec::with_capacity(rules), Vec::with_capacity(rules));
         for rule in &policy.rules {
             from.push(side(&rule.from));
             to.push(side(&rule.to));
@@ -411,14 +422,16 @@ impl Specs {
 
 /// The prefix identities that lie within one of `nets`.
 fn within(nodes: &Nodes<'_>, nets: &[IpNet]) -> Vec<u32> {
-    let mut found = BTreeSet::new();
+    let mut found = Vec::new();
     for net in nets.iter().map(Net::from) {
         let last = Net { start: net.end(), len: u8::MAX, ..net };
         let (first, past) =
             (nodes.prefixes.partition_point(|p| p.0 < net), nodes.prefixes.partition_point(|p| p.0 <= last));
         found.extend((first..past).map(|i| (nodes.first_prefix() + i) as u32));
     }
-    found.into_iter().collect()
+    found.sort_unstable();
+    found.dedup();
+    found
 }
 
 /// Which label sets have a label, so that a selector looks at few of them.
@@ -656,7 +669,8 @@ impl<'a> Program<'a> {
             }
             any[direction as usize] = of_any;
         }
-        let mut program = Self { specs, rules: Vec::new(), port_lists: Vec::new(), touches, any };
+        let mut program =
+            Self { specs, rules: Vec::with_capacity(policy.rules.len()), port_lists: Vec::new(), touches, any };
         program.prepare(policy, numbers, clock);
         program
     }
@@ -1053,10 +1067,12 @@ impl Emitter<'_> {
             tables.refresh_at = Some(now + (self.clock.boot(horizon).saturating_sub(now)) / 2);
         }
         let named = self.policy.rules.iter().zip(&self.program.rules).filter_map(|(r, p)| Some((r, p.as_ref()?)));
-        for (rule, prepared) in named {
+        let named = named.map(|(rule, prepared)| {
             let entries = out.cost.get(&prepared.number).copied().unwrap_or(0) as usize;
-            let _ = tables.rule_names.entry(prepared.number).or_insert_with(|| RuleName::of(rule, entries));
-        }
+            (prepared.number, RuleName::of(rule, entries))
+        });
+        // Of rules with one number, which a policy without mistakes has not, the first gives the name: the last one here.
+        tables.rule_names = named.rev().collect();
         out.rules.sort_unstable_by_key(|r| r.0);
         tables.rules = out.rules.into_iter().collect();
         tables.timeline = out.timeline;
@@ -1495,7 +1511,9 @@ fn judge(rules: &[&Prepared], when: When, direction: Direction, fallback: Outcom
 }
 
 pub mod amend;
+pub mod ends;
 pub use amend::{Amendment, PortLists, amend};
+pub use ends::Ends;
 #[doc(hidden)]
 pub mod random;
 #[doc(hidden)]

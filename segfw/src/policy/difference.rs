@@ -119,7 +119,7 @@ fn documents(files: &[(String, String)]) -> Documents {
 }
 
 /// The values of a spec. Rules are known by their names; every other list is one value.
-fn take(spec: &Node, parts: &mut Parts) {
+fn take(spec: &Node<'_>, parts: &mut Parts) {
     for (key, value) in entries(spec) {
         let Value::List(items) = &value.value else {
             let _ = parts.insert(key.to_owned(), show(value));
@@ -145,7 +145,7 @@ fn take(spec: &Node, parts: &mut Parts) {
     }
 }
 
-fn entries(node: &Node) -> impl Iterator<Item = (&str, &Node)> {
+fn entries<'n>(node: &'n Node<'n>) -> impl Iterator<Item = (&'n str, &'n Node<'n>)> {
     let entries = match &node.value {
         Value::Map(entries) => entries.as_slice(),
         Value::Text(_) | Value::List(_) | Value::Nothing | Value::Broken => &[],
@@ -153,11 +153,11 @@ fn entries(node: &Node) -> impl Iterator<Item = (&str, &Node)> {
     entries.iter().filter_map(|(key, value)| Some((text_of(key)?, value)))
 }
 
-fn get<'n>(node: &'n Node, key: &str) -> Option<&'n Node> {
+fn get<'n>(node: &'n Node<'n>, key: &str) -> Option<&'n Node<'n>> {
     entries(node).find(|(k, _)| *k == key).map(|(_, value)| value)
 }
 
-fn text_of(node: &Node) -> Option<&str> {
+fn text_of<'n>(node: &'n Node<'_>) -> Option<&'n str> {
     match &node.value {
         Value::Text(text) => Some(&text.text),
         Value::List(_) | Value::Map(_) | Value::Nothing | Value::Broken => None,
@@ -165,9 +165,9 @@ fn text_of(node: &Node) -> Option<&str> {
 }
 
 /// As flow YAML, keys sorted.
-fn show(node: &Node) -> String {
+fn show(node: &Node<'_>) -> String {
     match &node.value {
-        Value::Text(text) => text.text.clone(),
+        Value::Text(text) => text.text.clone().into_owned(),
         Value::List(items) => format!("[{}]", items.iter().map(show).collect::<Vec<_>>().join(", ")),
         Value::Map(_) => {
             let mut all: Vec<String> = entries(node).map(|(key, value)| format!("{key}: {}", show(value))).collect();

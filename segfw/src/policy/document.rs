@@ -16,7 +16,7 @@ use foldhash::{HashMap, HashMapExt as _};
 use ipnet::IpNet;
 use jiff::Timestamp;
 use segfw_common::{Evidence, LocalEntry};
-use sha2::{Digest, Sha256};
+use std::borrow::Cow;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -166,7 +166,7 @@ pub struct PolicyDoc {
 
 #[derive(Clone, Debug)]
 pub struct RuleDoc {
-    pub name: String,
+    pub name: Arc<str>,
     /// Position in its policy, from 0.
     pub index: u32,
     pub from: Vec<At<PeerDoc>>,
@@ -224,29 +224,30 @@ pub enum CaseEnd {
 }
 
 /// Text to documents. All problems at once; the order of the files has no meaning.
-pub fn parse(files: &[(String, String)]) -> (Vec<Document>, Vec<Problem>) {
-    let (documents, problems) = parse_again(files, &mut Cache::default());
-    // The cache is gone, so nobody else has them.
+pub fn parse<T: AsRef<str> + Sync>(files: &[(String, T)]) -> (Vec<Document>, Vec<Problem>) {
+    let (files, problems) = that_fit(files);
+    let parsed = parse_files(&files, |_| None);
+    let (documents, problems) = whole(&parsed, problems);
+    drop(parsed);
+    // Nobody else has them any more.
     (documents.into_iter().map(Arc::unwrap_or_clone).collect(), problems)
 }
 
 /// What files said when they were read last, so that a change of one file costs the reading of one file. Holds what the
 /// last call of [`parse_again`] was given, and no more.
 #[derive(Debug, Default)]
-pub struct Cache(HashMap<String, Arc<Parsed>>);
+pub struct Cache(HashMap<String, (Arc<str>, Arc<Parsed>)>);
 
 /// One file, read by itself.
 #[derive(Debug)]
 struct Parsed {
-    /// SHA-256 of the text.
-    digest: [u8; 32],
     /// In the order of the text; where each begins, and `None` = it has mistakes.
     documents: Vec<(Position, Option<Arc<Document>>)>,
     problems: Vec<Problem>,
 }
 
 impl Parsed {
-    fn new(file: &str, text: &str, digest: [u8; 32]) -> Self {
+    fn new(file: &str, text: &str) -> Self {
         let file: Arc<str> = file.into();
         let (mut documents, mut problems) = (Vec::new(), Vec::new());
         yaml::read(&file, text, &mut problems, |root, problems| {
@@ -259,21 +260,36 @@ impl Parsed {
             documents.push((at, document.flatten().map(Arc::new)));
         });
         documents.shrink_to_fit();
-        Self { digest, documents, problems }
+        Self { documents, problems }
     }
 }
 
 /// Bytes of text that are worth a thread: below it, starting one takes longer than reading.
 const WORTH_A_THREAD: usize = 1 << 20;
+/// Threads that read at most: the host has other work, and beyond these what follows takes most of the time.
+const THREADS: usize = 8;
 
-/// As [`parse`], and reads only what is not as it was in `cache`.
-pub fn parse_again(files: &[(String, String)], cache: &mut Cache) -> (Vec<Arc<Document>>, Vec<Problem>) {
-    let mut sorted: Vec<&(String, String)> = files.iter().collect();
-    sorted.sort();
+/// As [`parse`], and reads only what is not as it was in `cache`. A text that is the same one is not even compared.
+pub fn parse_again(files: &[(String, Arc<str>)], cache: &mut Cache) -> (Vec<Arc<Document>>, Vec<Problem>) {
+    let (files, problems) = that_fit(files);
+    let before = std::mem::take(&mut cache.0);
+    let parsed = parse_files(&files, |(name, text)| {
+        let (known, parsed) = before.get(name)?;
+        (Arc::ptr_eq(known, text) || known == text).then(|| Arc::clone(parsed))
+    });
+    let read = whole(&parsed, problems);
+    cache.0 = files.iter().zip(parsed).map(|((name, text), p)| (name.clone(), (Arc::clone(text), p))).collect();
+    read
+}
+
+/// The files in the order of their names, as many as may be read.
+fn that_fit<T: AsRef<str>>(files: &[(String, T)]) -> (Vec<&(String, T)>, Vec<Problem>) {
+    let mut sorted: Vec<&(String, T)> = files.iter().collect();
+    sorted.sort_by(|a, b| (&a.0, a.1.as_ref()).cmp(&(&b.0, b.1.as_ref())));
     let mut problems = Vec::new();
     let mut bytes = 0usize;
     let fits = sorted.iter().take_while(|(_, text)| {
-        bytes = bytes.saturating_add(text.len());
+        bytes = bytes.saturating_add(text.as_ref().len());
         bytes <= yaml::TOTAL_BYTES
     });
     let read = fits.count();
@@ -283,13 +299,15 @@ pub fn parse_again(files: &[(String, String)], cache: &mut Cache) -> (Vec<Arc<Do
         problems.push(Problem::error(start, "this file and those after it are not read", why));
     }
     sorted.truncate(read);
-    let before = std::mem::take(&mut cache.0);
-    let parsed = parse_files(&sorted, &before);
+    (sorted, problems)
+}
 
+/// Documents and problems of all files, in their order.
+fn whole(files: &[Arc<Parsed>], mut problems: Vec<Problem>) -> (Vec<Arc<Document>>, Vec<Problem>) {
     let mut documents = Vec::new();
-    let mut names: HashMap<(&'static str, String), Position> = HashMap::new();
+    let mut names: HashMap<(&'static str, &str), &Position> = HashMap::new();
     let mut count = 0usize;
-    for file in &parsed {
+    for file in files {
         problems.extend(file.problems.iter().cloned());
         for (at, document) in &file.documents {
             count += 1;
@@ -302,9 +320,9 @@ pub fn parse_again(files: &[(String, String)], cache: &mut Cache) -> (Vec<Arc<Do
             }
             let Some(document) = document else { continue };
             let meta = document.meta();
-            match names.entry((document.kind(), meta.name.clone())) {
+            match names.entry((document.kind(), meta.name.as_str())) {
                 std::collections::hash_map::Entry::Vacant(entry) => {
-                    let _ = entry.insert(meta.at.clone());
+                    let _ = entry.insert(&meta.at);
                     documents.push(Arc::clone(document));
                 }
                 std::collections::hash_map::Entry::Occupied(first) => {
@@ -316,33 +334,40 @@ pub fn parse_again(files: &[(String, String)], cache: &mut Cache) -> (Vec<Arc<Do
             }
         }
     }
-    cache.0 = sorted.iter().map(|(name, _)| name.clone()).zip(parsed).collect();
     (documents, problems)
 }
 
-/// Each file by itself, in the given order, on as many threads as there are processors.
-fn parse_files(files: &[&(String, String)], before: &HashMap<String, Arc<Parsed>>) -> Vec<Arc<Parsed>> {
-    let one = |(file, text): &(String, String)| -> Arc<Parsed> {
-        let digest: [u8; 32] = Sha256::digest(text.as_bytes()).into();
-        let known = before.get(file).filter(|parsed| parsed.digest == digest);
-        known.map_or_else(|| Arc::new(Parsed::new(file, text, digest)), Arc::clone)
-    };
-    let bytes: usize = files.iter().map(|(_, text)| text.len()).sum();
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(bytes / WORTH_A_THREAD).max(1);
-    if threads == 1 {
-        return files.iter().copied().map(one).collect();
+/// Each file by itself, in the given order, on as many threads as there are processors. `known` = it was read before.
+fn parse_files<T: AsRef<str> + Sync>(
+    files: &[&(String, T)],
+    known: impl Fn(&(String, T)) -> Option<Arc<Parsed>>,
+) -> Vec<Arc<Parsed>> {
+    let mut all: Vec<Option<Arc<Parsed>>> = files.iter().map(|file| known(file)).collect();
+    let unknown: Vec<(usize, &(String, T))> =
+        files.iter().copied().enumerate().filter(|(i, _)| all.get(*i).is_some_and(Option::is_none)).collect();
+    let bytes: usize = unknown.iter().map(|(_, (_, text))| text.as_ref().len()).sum();
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    for (i, parsed) in parse_each(&unknown, processors.min(THREADS).min(bytes / WORTH_A_THREAD)) {
+        if let Some(place) = all.get_mut(i) {
+            *place = Some(Arc::new(parsed));
+        }
     }
-    // Files differ in size and in whether they are known: each thread takes the next one that nobody has taken.
+    all.into_iter().flatten().collect()
+}
+
+/// Each file by itself, in any order; 0 threads = by the caller alone, as 1.
+fn parse_each<T: AsRef<str> + Sync>(files: &[(usize, &(String, T))], threads: usize) -> Vec<(usize, Parsed)> {
+    // Files differ in size: each thread takes the next one that nobody has taken.
     let next = std::sync::atomic::AtomicUsize::new(0);
     let take = || {
         let mut taken = Vec::new();
         loop {
-            let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            let Some(file) = files.get(i) else { return taken };
-            taken.push((i, one(file)));
+            let place = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let Some((i, (name, text))) = files.get(place) else { return taken };
+            taken.push((*i, Parsed::new(name, text.as_ref())));
         }
     };
-    let mut all: Vec<(usize, Arc<Parsed>)> = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let others: Vec<_> = (1..threads).map(|_| scope.spawn(take)).collect();
         let mut all = take();
         for other in others {
@@ -353,9 +378,7 @@ fn parse_files(files: &[&(String, String)], before: &HashMap<String, Arc<Parsed>
             }
         }
         all
-    });
-    all.sort_by_key(|(i, _)| *i);
-    all.into_iter().map(|(_, parsed)| parsed).collect()
+    })
 }
 
 /// Entry of the fuzzer: reads, resolves, and must neither panic nor take long, whatever the bytes.
@@ -374,14 +397,20 @@ pub fn fuzz_yaml(data: &[u8]) {
 
 /// A map whose keys have been checked.
 struct Fields<'n> {
-    node: &'n Node,
+    node: &'n Node<'n>,
     what: &'static str,
-    entries: Vec<(&'n str, &'n Node)>,
+    entries: Vec<Entry<'n>>,
 }
 
+/// A key, the node that it is, and its value.
+type Entry<'n> = (&'n Text<'n>, &'n Node<'n>, &'n Node<'n>);
+
+/// Keys of a map that are compared with each other one by one.
+const COMPARED: usize = 16;
+
 impl<'n> Fields<'n> {
-    fn get(&self, key: &str) -> Option<&'n Node> {
-        self.entries.iter().find(|(k, _)| *k == key).map(|(_, value)| *value)
+    fn get(&self, key: &str) -> Option<&'n Node<'n>> {
+        self.entries.iter().find(|(text, _, _)| text.text == key).map(|(_, _, value)| *value)
     }
 }
 
@@ -410,16 +439,16 @@ impl<'r> Reader<'r> {
         &mut self.problems[index]
     }
 
-    fn say(&mut self, node: &Node, what: impl Into<String>, why: impl Into<String>) -> &mut Problem {
+    fn say(&mut self, node: &Node<'_>, what: impl Into<String>, why: impl Into<String>) -> &mut Problem {
         self.tell(Problem::error(node.at(self.file), what, why))
     }
 
-    fn say_inside(&mut self, node: &Node, text: &Text, fault: Fault) {
+    fn say_inside(&mut self, node: &Node<'_>, text: &Text<'_>, fault: Fault) {
         let _ = self.tell(yaml::inside(&node.at(self.file), text, fault));
     }
 
     /// The value is not what it must be.
-    fn not(&mut self, node: &Node, what: &str, expected: &str) {
+    fn not(&mut self, node: &Node<'_>, what: &str, expected: &str) {
         let found = match &node.value {
             Value::Broken => return,
             Value::Nothing => {
@@ -433,7 +462,7 @@ impl<'r> Reader<'r> {
         let _ = self.say(node, format!("{what} is {found}"), format!("expected {expected}"));
     }
 
-    fn text<'n>(&mut self, node: &'n Node, what: &str, expected: &str) -> Option<&'n Text> {
+    fn text<'n>(&mut self, node: &'n Node<'n>, what: &str, expected: &str) -> Option<&'n Text<'n>> {
         match &node.value {
             Value::Text(text) => Some(text),
             Value::List(_) | Value::Map(_) | Value::Nothing | Value::Broken => {
@@ -444,7 +473,7 @@ impl<'r> Reader<'r> {
     }
 
     /// A list with something in it.
-    fn list<'n>(&mut self, node: &'n Node, what: &str, expected: &str) -> Option<&'n [Node]> {
+    fn list<'n>(&mut self, node: &'n Node<'n>, what: &str, expected: &str) -> Option<&'n [Node<'n>]> {
         match &node.value {
             Value::List(items) if items.is_empty() => {
                 let problem = self.say(node, format!("{what} is an empty list"), "empty never means all");
@@ -470,13 +499,14 @@ impl<'r> Reader<'r> {
     }
 
     /// A map whose keys are all text and different.
-    fn entries<'n>(&mut self, node: &'n Node, what: &str) -> Option<Vec<(&'n Text, &'n Node, &'n Node)>> {
+    fn entries<'n>(&mut self, node: &'n Node<'n>, what: &str) -> Option<Vec<Entry<'n>>> {
         let Value::Map(entries) = &node.value else {
             self.not(node, what, "a map");
             return None;
         };
-        let mut seen: HashMap<&str, u32> = HashMap::new();
-        let mut found = Vec::with_capacity(entries.len());
+        // Most maps have a few keys: then to compare them costs less than a table of them.
+        let mut many: Option<HashMap<&str, u32>> = (entries.len() > COMPARED).then(HashMap::new);
+        let mut found: Vec<Entry<'n>> = Vec::with_capacity(entries.len());
         for (key, value) in entries {
             if self.left == 0 {
                 break;
@@ -485,14 +515,20 @@ impl<'r> Reader<'r> {
                 self.not(key, "a key", "text; quotes help where it is meant");
                 continue;
             };
+            let before = match &many {
+                None => found.iter().find(|(other, _, _)| other.text == text.text).map(|(_, other, _)| other.line),
+                Some(lines) => lines.get(&*text.text).copied(),
+            };
             if text.text == "<<" {
                 let _ =
                     self.say(key, "merge keys (<<) are not supported", "what is in force must be written where it is");
-            } else if let Some(line) = seen.get(text.text.as_str()) {
+            } else if let Some(line) = before {
                 let why = format!("it was given in line {line} already");
                 let _ = self.say(key, format!("duplicate key {}", quote(&text.text)), why);
             } else {
-                let _ = seen.insert(&text.text, key.line);
+                if let Some(lines) = &mut many {
+                    let _ = lines.insert(&text.text, key.line);
+                }
                 found.push((text, key, value));
             }
         }
@@ -500,22 +536,22 @@ impl<'r> Reader<'r> {
     }
 
     /// A map with the keys that the language has for it.
-    fn fields<'n>(&mut self, node: &'n Node, map: &'static Map) -> Option<Fields<'n>> {
+    fn fields<'n>(&mut self, node: &'n Node<'n>, map: &'static Map) -> Option<Fields<'n>> {
         let what = map.what;
-        let mut entries = Vec::new();
-        for (text, key, value) in self.entries(node, what)? {
-            if map.field(&text.text).is_some() {
-                entries.push((text.text.as_str(), value));
-            } else {
+        let mut entries = self.entries(node, what)?;
+        entries.retain(|(text, key, _)| {
+            let known = map.field(&text.text).is_some();
+            if !known {
                 let near = nearest(&text.text, map.keys()).map(|k| format!("did you mean {}?", quote(k)));
                 let why = format!("{what} has {}", map.list());
                 self.say(key, format!("unknown key {}", quote(&text.text)), why).help = near;
             }
-        }
+            known
+        });
         Some(Fields { node, what, entries })
     }
 
-    fn required<'n>(&mut self, fields: &Fields<'n>, key: &str) -> Option<&'n Node> {
+    fn required<'n>(&mut self, fields: &Fields<'n>, key: &str) -> Option<&'n Node<'n>> {
         let found = fields.get(key);
         if found.is_none() {
             let _ = self.say(fields.node, format!("{} has no {key}", fields.what), "it must be there");
@@ -523,16 +559,20 @@ impl<'r> Reader<'r> {
         found
     }
 
-    fn word<T: Copy>(&mut self, node: &Node, what: &str, words: &[(&'static str, T)]) -> Option<T> {
+    fn word<T: Copy>(&mut self, node: &Node<'_>, what: &str, words: &[(&'static str, T)]) -> Option<T> {
+        if let Value::Text(text) = &node.value
+            && let Some((_, value)) = words.iter().find(|(w, _)| *w == text.text)
+        {
+            return Some(*value);
+        }
         let known = words.iter().map(|(w, _)| *w).collect::<Vec<_>>().join(", ");
         let text = self.text(node, what, &format!("one of {known}"))?;
-        let found = words.iter().find(|(w, _)| *w == text.text).map(|(_, value)| *value);
-        if found.is_none() {
+        {
             let near =
                 nearest(&text.text, words.iter().map(|(w, _)| *w)).map(|w| format!("did you mean {}?", quote(w)));
             self.say(node, format!("unknown {what} {}", quote(&text.text)), format!("known: {known}")).help = near;
         }
-        found
+        None
     }
 
     /// The word of an optional key: `None` only after a mistake.
@@ -546,17 +586,17 @@ impl<'r> Reader<'r> {
         fields.get(key).map_or(Some(default), |node| self.word(node, key, words))
     }
 
-    fn name(&mut self, node: &Node, what: &str) -> Option<String> {
-        let text = &self.text(node, what, "a name")?.text;
+    fn name<'n>(&mut self, node: &'n Node<'n>, what: &str) -> Option<&'n str> {
+        let text = &*self.text(node, what, "a name")?.text;
         if text.len() > LABEL_CHARS || !is_word(text) {
             let why = "a name has 1 to 63 letters, digits, '-', '_' or '.', and begins and ends with a letter or digit";
             let _ = self.say(node, format!("bad {what} {}", quote(text)), why);
             return None;
         }
-        Some(text.clone())
+        Some(text)
     }
 
-    fn document(&mut self, root: &Node) -> Option<Document> {
+    fn document(&mut self, root: &Node<'_>) -> Option<Document> {
         const KINDS: [(&str, &str); 4] =
             [("Workload", "Workload"), ("Segment", "Segment"), ("Policy", "Policy"), ("Test", "Test")];
         let fields = self.fields(root, &schema::DOCUMENT)?;
@@ -600,19 +640,19 @@ impl<'r> Reader<'r> {
         meta.and(document)
     }
 
-    fn metadata(&mut self, node: &Node) -> Option<Metadata> {
+    fn metadata(&mut self, node: &Node<'_>) -> Option<Metadata> {
         let fields = self.fields(node, &schema::METADATA)?;
-        let owner = fields.get("owner").and_then(|n| self.text(n, "owner", "text")).map(|t| t.text.clone());
+        let owner = fields.get("owner").and_then(|n| self.text(n, "owner", "text")).map(|t| t.text.to_string());
         let description =
-            fields.get("description").and_then(|n| self.text(n, "description", "text")).map(|t| t.text.clone());
+            fields.get("description").and_then(|n| self.text(n, "description", "text")).map(|t| t.text.to_string());
         let labels = fields.get("labels").and_then(|n| self.labels(n, "labels")).unwrap_or_default();
         let name = self.required(&fields, "name")?;
-        Some(Metadata { at: name.at(self.file), name: self.name(name, "name")?, owner, description, labels })
+        Some(Metadata { at: name.at(self.file), name: self.name(name, "name")?.to_owned(), owner, description, labels })
     }
 
-    fn label_key(&mut self, node: &Node, text: &Text) -> Option<String> {
+    fn label_key(&mut self, node: &Node<'_>, text: &Text<'_>) -> Option<String> {
         match check_key(&text.text) {
-            Ok(()) => Some(text.text.clone()),
+            Ok(()) => Some(text.text.to_string()),
             Err(why) => {
                 let _ = self.say(node, format!("bad label key {}", quote(&text.text)), why);
                 None
@@ -620,10 +660,10 @@ impl<'r> Reader<'r> {
         }
     }
 
-    fn label_value(&mut self, node: &Node) -> Option<String> {
+    fn label_value(&mut self, node: &Node<'_>) -> Option<String> {
         let text = self.text(node, "a label value", "text; an empty value is written \"\"")?;
         match check_value(&text.text) {
-            Ok(()) => Some(text.text.clone()),
+            Ok(()) => Some(text.text.to_string()),
             Err(why) => {
                 let _ = self.say(node, format!("bad label value {}", quote(&text.text)), why);
                 None
@@ -632,7 +672,7 @@ impl<'r> Reader<'r> {
     }
 
     /// At least one label.
-    fn labels(&mut self, node: &Node, what: &str) -> Option<Labels> {
+    fn labels(&mut self, node: &Node<'_>, what: &str) -> Option<Labels> {
         let entries = self.entries(node, what)?;
         if entries.is_empty() {
             let _ = self.say(node, format!("{what} is an empty map"), "empty never means all");
@@ -649,7 +689,7 @@ impl<'r> Reader<'r> {
         (labels.len() == count).then_some(labels)
     }
 
-    fn selector(&mut self, node: &Node) -> Option<Selector> {
+    fn selector(&mut self, node: &Node<'_>) -> Option<Selector> {
         if let Value::Text(text) = &node.value {
             return match selector::parse(&text.text) {
                 Ok(selector) => Some(selector),
@@ -687,13 +727,13 @@ impl<'r> Reader<'r> {
         (self.problems.len() == before).then_some(Selector(requirements))
     }
 
-    fn addresses(&mut self, node: &Node) -> Option<Vec<IpNet>> {
+    fn addresses(&mut self, node: &Node<'_>) -> Option<Vec<IpNet>> {
         let items = self.list(node, "addresses", "a list of prefixes such as 203.0.113.0/24")?;
         let nets: Vec<IpNet> = items.iter().filter_map(|item| self.prefix(item)).collect();
         (nets.len() == items.len()).then_some(nets)
     }
 
-    fn prefix(&mut self, node: &Node) -> Option<IpNet> {
+    fn prefix(&mut self, node: &Node<'_>) -> Option<IpNet> {
         let text = &self.text(node, "an address", "a prefix such as 203.0.113.0/24")?.text;
         let net = text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
         let Some(net) = net else {
@@ -722,7 +762,7 @@ impl<'r> Reader<'r> {
         Some(net)
     }
 
-    fn workload(&mut self, spec: &Node, meta: Metadata) -> Option<WorkloadDoc> {
+    fn workload(&mut self, spec: &Node<'_>, meta: Metadata) -> Option<WorkloadDoc> {
         let fields = self.fields(spec, &schema::WORKLOAD)?;
         let matches = self.required(&fields, "match").and_then(|node| {
             let items = self.list(node, "match", "a list of matchers")?;
@@ -741,16 +781,16 @@ impl<'r> Reader<'r> {
         Some(WorkloadDoc { meta, matches: matches?, labels: labels? })
     }
 
-    fn matcher(&mut self, node: &Node) -> Option<At<Matcher>> {
+    fn matcher(&mut self, node: &Node<'_>) -> Option<At<Matcher>> {
         let fields = self.fields(node, &schema::MATCHER)?;
-        let [(key, value)] = fields.entries.as_slice() else {
+        let [(key, _, value)] = fields.entries.as_slice() else {
             let why = format!("each has exactly one of {}", schema::MATCHER.list());
             if !fields.entries.is_empty() || matches!(&node.value, Value::Map(m) if m.is_empty()) {
                 let _ = self.say(node, format!("a matcher has {} keys", fields.entries.len()), why);
             }
             return None;
         };
-        let value = match *key {
+        let value = match &*key.text {
             "systemdUnit" => Matcher::SystemdUnit(self.glob(value, "systemdUnit", false)?),
             "systemdUserUnit" => {
                 let fields = self.fields(value, &schema::USER_UNIT)?;
@@ -778,7 +818,7 @@ impl<'r> Reader<'r> {
         Some(At { value, at: node.at(self.file) })
     }
 
-    fn container(&mut self, node: &Node) -> Option<Matcher> {
+    fn container(&mut self, node: &Node<'_>) -> Option<Matcher> {
         let fields = self.fields(node, &schema::CONTAINER)?;
         if fields.entries.is_empty() {
             let why = format!("it has at least one of {}", schema::CONTAINER.list());
@@ -798,14 +838,14 @@ impl<'r> Reader<'r> {
         })
     }
 
-    fn pod(&mut self, node: &Node) -> Option<Matcher> {
+    fn pod(&mut self, node: &Node<'_>) -> Option<Matcher> {
         let fields = self.fields(node, &schema::POD)?;
         if fields.entries.is_empty() {
             let why = format!("it has at least one of {}", schema::POD.list());
             let _ = self.say(node, "pod says nothing", why);
             return None;
         }
-        let namespace = fields.get("namespace").map(|n| self.name(n, "namespace"));
+        let namespace = fields.get("namespace").map(|n| self.name(n, "namespace").map(str::to_owned));
         let name = fields.get("name").map(|n| self.glob(n, "name", false));
         let labels = fields.get("labels").map(|n| self.label_globs(n));
         Some(Matcher::Pod {
@@ -816,7 +856,7 @@ impl<'r> Reader<'r> {
     }
 
     /// Labels of containers and pods: those of containers may have any key, and values are globs.
-    fn label_globs(&mut self, node: &Node) -> Option<LabelGlobs> {
+    fn label_globs(&mut self, node: &Node<'_>) -> Option<LabelGlobs> {
         let entries = self.entries(node, "labels")?;
         if entries.is_empty() {
             let _ = self.say(node, "labels is an empty map", "empty never means all");
@@ -832,13 +872,13 @@ impl<'r> Reader<'r> {
                     let _ = self.say(key, "bad label key", why);
                 }
                 let glob = self.glob(value, "a label value", false);
-                (!long).then_some((text.text.clone(), glob?))
+                (!long).then_some((text.text.to_string(), glob?))
             })
             .collect();
         (globs.len() == count).then_some(globs)
     }
 
-    fn glob(&mut self, node: &Node, what: &str, path: bool) -> Option<Glob> {
+    fn glob(&mut self, node: &Node<'_>, what: &str, path: bool) -> Option<Glob> {
         let text = self.text(node, what, "a glob")?;
         match Glob::new(&text.text, path) {
             Ok(glob) => Some(glob),
@@ -849,15 +889,16 @@ impl<'r> Reader<'r> {
         }
     }
 
-    fn segment(&mut self, spec: &Node, meta: Metadata) -> Option<SegmentDoc> {
+    fn segment(&mut self, spec: &Node<'_>, meta: Metadata) -> Option<SegmentDoc> {
         let fields = self.fields(spec, &schema::SEGMENT)?;
         let members = match (fields.get("select"), fields.get("addresses")) {
             (Some(node), None) => {
                 self.selector(node).map(|s| At { value: Members::Workloads(s), at: node.at(self.file) })
             }
             (None, Some(node)) => {
-                for (key, _) in fields.entries.iter().filter(|(key, _)| *key != "addresses") {
-                    let node = fields.get(key).unwrap_or(node);
+                for (Text { text: key, .. }, _, node) in
+                    fields.entries.iter().filter(|(key, _, _)| key.text != "addresses")
+                {
                     let _ = self.say(
                         node,
                         format!("{key} has no meaning here"),
@@ -907,7 +948,7 @@ impl<'r> Reader<'r> {
         })
     }
 
-    fn on_revoke(&mut self, node: &Node) -> Option<OnRevoke> {
+    fn on_revoke(&mut self, node: &Node<'_>) -> Option<OnRevoke> {
         const EXPECTED: &str = "cut, keep or {drain: 10m}";
         if let Value::Map(_) = node.value {
             let fields = self.fields(node, &schema::ON_REVOKE)?;
@@ -916,7 +957,7 @@ impl<'r> Reader<'r> {
             return self.duration(drain, text, &text.text);
         }
         let text = self.text(node, "onRevoke", EXPECTED)?;
-        match text.text.as_str() {
+        match &*text.text {
             "cut" => Some(OnRevoke::Cut),
             "keep" => Some(OnRevoke::Keep),
             other => match other.strip_prefix("drain:") {
@@ -934,7 +975,7 @@ impl<'r> Reader<'r> {
         }
     }
 
-    fn duration(&mut self, node: &Node, _: &Text, text: &str) -> Option<OnRevoke> {
+    fn duration(&mut self, node: &Node<'_>, _: &Text<'_>, text: &str) -> Option<OnRevoke> {
         match seconds(text).filter(|s| (1..=DRAIN_S_MAX).contains(s)) {
             Some(s) => Some(OnRevoke::Drain(s * 1_000_000_000)),
             None => {
@@ -948,7 +989,7 @@ impl<'r> Reader<'r> {
         }
     }
 
-    fn policy(&mut self, spec: &Node, meta: Metadata) -> Option<PolicyDoc> {
+    fn policy(&mut self, spec: &Node<'_>, meta: Metadata) -> Option<PolicyDoc> {
         let fields = self.fields(spec, &schema::POLICY)?;
         let tier = self.word_or(&fields, "tier", &TIERS, Tier::Application).unwrap_or(Tier::Application);
         let priority =
@@ -956,7 +997,7 @@ impl<'r> Reader<'r> {
         let monitor = self.word_or(&fields, "mode", &MODES, false).unwrap_or_default();
         let items =
             self.required(&fields, "rules").and_then(|n| self.list(n, "rules", "a list of rules")).unwrap_or_default();
-        let mut names: HashMap<String, u32> = HashMap::new();
+        let mut names: HashMap<Cow<'_, str>, u32> = HashMap::with_capacity(items.len());
         let mut rules = Vec::with_capacity(items.len());
         for (node, index) in items.iter().zip(0u32..) {
             // What nobody is told need not be found: suggestions are dear.
@@ -982,7 +1023,7 @@ impl<'r> Reader<'r> {
         Some(PolicyDoc { meta, tier, priority, monitor, rules })
     }
 
-    fn priority(&mut self, node: &Node) -> Option<u16> {
+    fn priority(&mut self, node: &Node<'_>) -> Option<u16> {
         let text = &self.text(node, "priority", "a number from 0 to 1000")?.text;
         let plain = text.bytes().all(|b| b.is_ascii_digit()) && (text == "0" || !text.starts_with('0'));
         let number = text.parse::<u16>().ok().filter(|n| plain && *n <= LAST_PRIORITY);
@@ -997,11 +1038,12 @@ impl<'r> Reader<'r> {
     }
 
     /// The name, even where the rest is wrong, for the search of duplicates.
-    fn rule(&mut self, node: &Node, index: u32) -> Option<(String, Option<RuleDoc>)> {
+    fn rule<'n>(&mut self, node: &'n Node<'n>, index: u32) -> Option<(Cow<'n, str>, Option<RuleDoc>)> {
         let fields = self.fields(node, &schema::RULES)?;
-        let name = fields
-            .get("name")
-            .map_or_else(|| Some(format!("rule-{}", index.saturating_add(1))), |n| self.name(n, "rule name"))?;
+        let name = fields.get("name").map_or_else(
+            || Some(Cow::Owned(format!("rule-{}", index.saturating_add(1)))),
+            |n| self.name(n, "rule name").map(Cow::Borrowed),
+        )?;
         let from = self.required(&fields, "from").and_then(|n| self.peers(n, "from"));
         let to = self.required(&fields, "to").and_then(|n| self.peers(n, "to"));
         let ports = fields.get("ports").map_or(Some(Vec::new()), |n| {
@@ -1024,7 +1066,7 @@ impl<'r> Reader<'r> {
         let at = node.at(self.file);
         let rule = || {
             Some(RuleDoc {
-                name: name.clone(),
+                name: (*name).into(),
                 index,
                 from: from?,
                 to: to?,
@@ -1041,7 +1083,7 @@ impl<'r> Reader<'r> {
         Some((name, rule))
     }
 
-    fn require(&mut self, node: &Node, action: Option<RuleAction>) -> Option<Evidence> {
+    fn require(&mut self, node: &Node<'_>, action: Option<RuleAction>) -> Option<Evidence> {
         let fields = self.fields(node, &schema::REQUIRE)?;
         if let Some(posture) = fields.get("posture") {
             let _ = self.say(
@@ -1060,7 +1102,7 @@ impl<'r> Reader<'r> {
         identity?
     }
 
-    fn timestamp(&mut self, node: &Node) -> Option<Timestamp> {
+    fn timestamp(&mut self, node: &Node<'_>) -> Option<Timestamp> {
         let text = &self.text(node, "expires", "a time such as 2026-12-24T18:00:00Z")?.text;
         match text.parse() {
             Ok(time) => Some(time),
@@ -1078,7 +1120,7 @@ impl<'r> Reader<'r> {
         }
     }
 
-    fn schedule(&mut self, node: &Node) -> Option<Schedule> {
+    fn schedule(&mut self, node: &Node<'_>) -> Option<Schedule> {
         let text = self.text(node, "schedule", "\"Mon-Fri 08:00-18:00 Europe/Amsterdam\"")?;
         match schedule::parse(&text.text) {
             Ok(schedule) => Some(schedule),
@@ -1089,7 +1131,7 @@ impl<'r> Reader<'r> {
         }
     }
 
-    fn port(&mut self, node: &Node) -> Option<PortSpec> {
+    fn port(&mut self, node: &Node<'_>) -> Option<PortSpec> {
         let text = self.text(node, "a port", "text such as tcp/443")?;
         match ports::parse(&text.text) {
             Ok(spec) => Some(spec),
@@ -1100,16 +1142,16 @@ impl<'r> Reader<'r> {
         }
     }
 
-    fn peers(&mut self, node: &Node, what: &str) -> Option<Vec<At<PeerDoc>>> {
+    fn peers(&mut self, node: &Node<'_>, what: &str) -> Option<Vec<At<PeerDoc>>> {
         let items = self.list(node, what, "a list such as [web]")?;
         let peers: Vec<_> =
             items.iter().filter_map(|item| Some(At { value: self.peer(item)?, at: item.at(self.file) })).collect();
         (peers.len() == items.len()).then_some(peers)
     }
 
-    fn peer(&mut self, node: &Node) -> Option<PeerDoc> {
+    fn peer(&mut self, node: &Node<'_>) -> Option<PeerDoc> {
         match &node.value {
-            Value::Text(text) => Some(match text.text.as_str() {
+            Value::Text(text) => Some(match &*text.text {
                 "any" => PeerDoc::Any,
                 "world" => PeerDoc::World,
                 "host" => PeerDoc::Host,
@@ -1124,7 +1166,7 @@ impl<'r> Reader<'r> {
                     problem.help = Some(format!("write {{addresses: [{}]}}", shown.trim_matches('"')));
                     return None;
                 }
-                _ => PeerDoc::Named(self.name(node, "segment name")?),
+                _ => PeerDoc::Named(self.name(node, "segment name")?.to_owned()),
             }),
             Value::Map(_) => {
                 let fields = self.fields(node, &schema::PEER)?;
@@ -1151,7 +1193,7 @@ impl<'r> Reader<'r> {
         }
     }
 
-    fn test(&mut self, spec: &Node, meta: Metadata) -> Option<TestDoc> {
+    fn test(&mut self, spec: &Node<'_>, meta: Metadata) -> Option<TestDoc> {
         let fields = self.fields(spec, &schema::TEST)?;
         let cases = self.required(&fields, "cases")?;
         let items = self.list(cases, "cases", "a list of cases")?;
@@ -1159,7 +1201,7 @@ impl<'r> Reader<'r> {
         Some(TestDoc { meta, cases })
     }
 
-    fn case(&mut self, node: &Node) -> Option<CaseDoc> {
+    fn case(&mut self, node: &Node<'_>) -> Option<CaseDoc> {
         let fields = self.fields(node, &schema::CASE)?;
         let from = self.required(&fields, "from").and_then(|n| self.case_end(n, "from"));
         let to = self.required(&fields, "to").and_then(|n| self.case_end(n, "to"));
@@ -1169,12 +1211,12 @@ impl<'r> Reader<'r> {
             None => Some(None),
             Some(n) => self
                 .text(n, "by", "the name of a rule")
-                .map(|t| Some(At { value: t.text.clone(), at: n.at(self.file) })),
+                .map(|t| Some(At { value: t.text.to_string(), at: n.at(self.file) })),
         };
         Some(CaseDoc { from: from?, to: to?, port: port?, allow: allow?, by: by?, at: node.at(self.file) })
     }
 
-    fn one_port(&mut self, node: &Node) -> Option<PortSpec> {
+    fn one_port(&mut self, node: &Node<'_>) -> Option<PortSpec> {
         let spec = self.port(node)?;
         let PortSpec { proto, first, last } = spec;
         // A type without a code: the code is nearly always 0.
@@ -1186,9 +1228,9 @@ impl<'r> Reader<'r> {
         None
     }
 
-    fn case_end(&mut self, node: &Node, what: &str) -> Option<CaseEnd> {
+    fn case_end(&mut self, node: &Node<'_>, what: &str) -> Option<CaseEnd> {
         let Value::Text(text) = &node.value else { return self.labels(node, what).map(CaseEnd::Labels) };
-        match text.text.as_str() {
+        match &*text.text {
             "world" => Some(CaseEnd::World),
             "host" => Some(CaseEnd::Host),
             "unresolved" => Some(CaseEnd::Unresolved),
@@ -1223,4 +1265,45 @@ fn seconds(text: &str) -> Option<u64> {
         rest = rest.get(digits + 1..)?;
     }
     (!text.is_empty()).then_some(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_read_what_one_reads() {
+        let text = |i: usize| {
+            let spec = if i.is_multiple_of(3) { "selcet" } else { "select" };
+            format!(
+                "apiVersion: segfw.dev/v1\nkind: Segment\nmetadata: {{name: s{i}}}\nspec: {{{spec}: {{app: a{i}}}}}\n"
+            )
+        };
+        let files: Vec<(String, String)> = (0..50).map(|i| (format!("{i:02}.yaml"), text(i))).collect();
+        let all: Vec<(usize, &(String, String))> = files.iter().enumerate().collect();
+        let read = |threads: usize| {
+            let mut read = parse_each(&all, threads);
+            read.sort_by_key(|(i, _)| *i);
+            format!("{read:?}")
+        };
+        let one = read(1);
+        assert!(one.contains("selcet") && one.contains("\"s49\""), "{one}");
+        for threads in [0, 2, 7] {
+            assert_eq!(read(threads), one);
+        }
+    }
+
+    #[test]
+    fn a_map_with_many_keys_and_one_with_few_find_what_is_twice() {
+        for keys in [2, COMPARED, COMPARED + 1, 4 * COMPARED] {
+            let labels: String = (0..keys).map(|i| format!("    k{i}: v\n")).collect();
+            let text = format!(
+                "apiVersion: segfw.dev/v1\nkind: Segment\nmetadata:\n  name: s\n  labels:\n{labels}    k1: w\nspec: {{select: {{a: b}}}}\n"
+            );
+            let (_, problems) = parse(&[("a.yaml".to_owned(), text)]);
+            let told: Vec<String> = problems.iter().map(ToString::to_string).collect();
+            let want = format!("a.yaml:{}:5: error: duplicate key \"k1\" (it was given in line 7 already)", 6 + keys);
+            assert_eq!(told, [want]);
+        }
+    }
 }

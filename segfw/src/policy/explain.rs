@@ -298,8 +298,8 @@ impl<'a> Asker<'a> {
     fn rule(&self, number: u32) -> Option<RuleRef> {
         let RuleName { policy, rule, at, .. } = self.tables.rule_names.get(&number)?;
         Some(RuleRef {
-            policy: policy.clone(),
-            rule: rule.clone(),
+            policy: policy.to_string(),
+            rule: rule.to_string(),
             at: format!("{}:{}:{}", at.file, at.line, at.column),
         })
     }
@@ -339,8 +339,8 @@ impl<'a> Asker<'a> {
         let tables = compile(&policy, &labels(local), &labels(peer), &mut Numbers::default(), self.view.clock).ok()?;
         let (other, _) = self.decide(&tables, direction);
         let rule = tables.rule_names.get(&other.rule).map(|name| RuleRef {
-            policy: name.policy.clone(),
-            rule: name.rule.clone(),
+            policy: name.policy.to_string(),
+            rule: name.rule.to_string(),
             at: format!("{}:{}:{}", name.at.file, name.at.line, name.at.column),
         });
         Some(Without { verdict: other.verdict.as_str(), reason: other.reason.as_str(), rule })
@@ -455,7 +455,7 @@ fn is(rule: &Rule, name: &RuleName) -> bool {
 
 fn rule_ref(rule: &Rule) -> RuleRef {
     let at = format!("{}:{}:{}", rule.at.file, rule.at.line, rule.at.column);
-    RuleRef { policy: rule.policy.clone(), rule: rule.name.clone(), at }
+    RuleRef { policy: rule.policy.to_string(), rule: rule.name.to_string(), at }
 }
 
 fn member(segment: &Segment, who: &Who) -> bool {

@@ -106,8 +106,9 @@ impl Selector {
 /// One sentence about two ends.
 #[derive(Clone, Debug)]
 pub struct Rule {
-    pub policy: String,
-    pub name: String,
+    /// Shared by all its rules.
+    pub policy: Arc<str>,
+    pub name: Arc<str>,
     pub tier: Tier,
     /// 0..=1000, lower first.
     pub priority: u16,

@@ -1,6 +1,7 @@
 //! The compiled policy: sorted, plain, counted. `datapath` writes it into maps; `decide` can also read it here.
 
 use super::host_policy::{Labels, Position, Rule};
+use foldhash::HashMap;
 use ipnet::IpNet;
 use segfw_common::rule::PrefixKey;
 use segfw_common::{Addr, Identity, LocalEntry, Lookup, Proto, RuleEntry, RuleKey};
@@ -36,8 +37,8 @@ pub enum IdentityName {
 /// Who wrote a rule, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleName {
-    pub policy: String,
-    pub rule: String,
+    pub policy: Arc<str>,
+    pub rule: Arc<str>,
     pub tier: super::host_policy::Tier,
     pub at: Position,
     /// Entries of `rules` that name this rule: what it costs.
@@ -47,7 +48,13 @@ pub struct RuleName {
 impl RuleName {
     /// Of a rule that so many entries name.
     pub fn of(rule: &Rule, entries: usize) -> Self {
-        Self { policy: rule.policy.clone(), rule: rule.name.clone(), tier: rule.tier, at: rule.at.clone(), entries }
+        Self {
+            policy: Arc::clone(&rule.policy),
+            rule: Arc::clone(&rule.name),
+            tier: rule.tier,
+            at: rule.at.clone(),
+            entries,
+        }
     }
 }
 
@@ -66,10 +73,10 @@ pub struct Numbers {
 
 /// Numbers by text. Copies share it until one of them gets a new number: most revisions are tried and given none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Given(Arc<BTreeMap<String, u32>>);
+pub struct Given(Arc<HashMap<String, u32>>);
 
 impl std::ops::Deref for Given {
-    type Target = BTreeMap<String, u32>;
+    type Target = HashMap<String, u32>;
     fn deref(&self) -> &Self::Target {
         &self.0
     }
@@ -83,7 +90,7 @@ impl Serialize for Given {
 
 impl<'de> Deserialize<'de> for Given {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        BTreeMap::deserialize(deserializer).map(|map| Self(Arc::new(map)))
+        HashMap::deserialize(deserializer).map(|map| Self(Arc::new(map)))
     }
 }
 
@@ -102,11 +109,16 @@ impl Numbers {
     }
     /// The number of a rule that has one.
     pub fn known_rule(&self, policy: &str, rule: &str) -> Option<u32> {
-        self.rules.get(&format!("{policy}/{rule}")).copied()
+        self.rules.get(&rule_key(policy, rule)).copied()
     }
     pub fn rule(&mut self, policy: &str, rule: &str) -> u32 {
-        number(&mut self.rules, &format!("{policy}/{rule}"), 1 + self.base)
+        number(&mut self.rules, &rule_key(policy, rule), 1 + self.base)
     }
+}
+
+/// `policy/rule`.
+fn rule_key(policy: &str, rule: &str) -> String {
+    [policy, "/", rule].concat()
 }
 
 fn number(map: &mut Given, key: &str, first: u32) -> u32 {

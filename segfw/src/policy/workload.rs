@@ -276,7 +276,7 @@ mod tests {
     use crate::policy::document::{Document, parse};
 
     fn docs(text: &str) -> Workloads {
-        let (documents, problems) = parse(&[("w.yaml".into(), text.into())]);
+        let (documents, problems) = parse(&[("w.yaml".into(), text)]);
         assert!(problems.is_empty(), "{problems:?}");
         let workloads = documents.into_iter().filter_map(|d| match d {
             Document::Workload(d) => Some(d),

@@ -8,6 +8,7 @@ use super::host_policy::Position;
 use super::problem::{Fault, PROBLEMS_PER_FILE, Problem, quote};
 use foldhash::{HashMap, HashMapExt as _};
 use serde_saphyr::granit_parser::{self, Event, Parser, ScalarStyle, Span};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// Bytes of one file. The largest policies people report are some megabytes.
@@ -29,21 +30,21 @@ pub const COPIED_BYTES: usize = 1 << 20;
 /// Syntax errors after which a file is given up.
 const SYNTAX_ERRORS: usize = 100;
 
-/// A value and where it begins.
+/// A value and where it begins. What stands in the file as it is meant (nearly all of it) is not copied.
 #[derive(Clone, Debug)]
-pub struct Node {
+pub struct Node<'t> {
     /// From 1.
     pub line: u32,
     /// From 1, in characters.
     pub column: u32,
-    pub value: Value,
+    pub value: Value<'t>,
 }
 
 #[derive(Clone, Debug)]
-pub enum Value {
-    Text(Text),
-    List(Vec<Node>),
-    Map(Vec<(Node, Node)>),
+pub enum Value<'t> {
+    Text(Text<'t>),
+    List(Vec<Node<'t>>),
+    Map(Vec<(Node<'t>, Node<'t>)>),
     /// Nothing after the colon, `~` or `null`, unquoted.
     Nothing,
     /// Already reported; say no more about it.
@@ -51,8 +52,8 @@ pub enum Value {
 }
 
 #[derive(Clone, Debug)]
-pub struct Text {
-    pub text: String,
+pub struct Text<'t> {
+    pub text: Cow<'t, str>,
     /// Characters between the start of the node and the text, if the text stands in the file as it is (no escapes,
     /// one line): then a column inside the text is a column in the file.
     pub inset: Option<u32>,
@@ -63,7 +64,7 @@ pub fn settings<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String>
     serde_saphyr::from_str(text).map_err(|error| error.to_string())
 }
 
-impl Node {
+impl Node<'_> {
     pub fn at(&self, file: &Arc<str>) -> Position {
         Position { file: Arc::clone(file), line: self.line, column: self.column }
     }
@@ -71,7 +72,7 @@ impl Node {
 
 /// The problem that a small language inside a text has, where it is in the file; at the start of the text, if the
 /// text was written with escapes or over several lines.
-pub fn inside(at: &Position, text: &Text, fault: Fault) -> Problem {
+pub fn inside(at: &Position, text: &Text<'_>, fault: Fault) -> Problem {
     let Fault { offset, what, why, help } = fault;
     let inset = text.inset.map_or(0, |inset| inset.saturating_add(u32::try_from(offset).unwrap_or(0)));
     let at = Position { column: at.column.saturating_add(inset), ..at.clone() };
@@ -79,7 +80,12 @@ pub fn inside(at: &Position, text: &Text, fault: Fault) -> Problem {
 }
 
 /// Reads one file and hands each document on as soon as it is read. Never panics, whatever the bytes.
-pub fn read(file: &Arc<str>, text: &str, problems: &mut Vec<Problem>, mut each: impl FnMut(Node, &mut Vec<Problem>)) {
+pub fn read<'t>(
+    file: &Arc<str>,
+    text: &'t str,
+    problems: &mut Vec<Problem>,
+    mut each: impl FnMut(Node<'t>, &mut Vec<Problem>),
+) {
     let at = |line: usize, column: usize| Position {
         file: Arc::clone(file),
         line: u32::try_from(line).unwrap_or(u32::MAX),
@@ -170,20 +176,24 @@ impl Size {
 }
 
 /// A list or map that is not finished.
-struct Open {
-    node: Node,
+struct Open<'t> {
+    /// Still empty.
+    node: Node<'t>,
     anchor: usize,
     size: Size,
-    /// The key that waits for its value.
-    key: Option<Node>,
+    /// Where its values begin in `Tree::finished`.
+    first: usize,
 }
 
 /// One document in the making.
 struct Tree<'t> {
     text: &'t str,
-    open: Vec<Open>,
-    root: Option<Node>,
-    anchors: HashMap<usize, (Node, Size)>,
+    open: Vec<Open<'t>>,
+    /// Values of the open lists and maps, the innermost last: keys and values of a map by turns. Each list gets its memory
+    /// once, when its length is known.
+    finished: Vec<Node<'t>>,
+    root: Option<Node<'t>>,
+    anchors: HashMap<usize, (Node<'t>, Size)>,
     nodes: usize,
     copied: Size,
 }
@@ -192,16 +202,24 @@ type Refused = String;
 
 impl<'t> Tree<'t> {
     fn new(text: &'t str) -> Self {
-        Self { text, open: Vec::new(), root: None, anchors: HashMap::new(), nodes: 0, copied: Size::default() }
+        Self {
+            text,
+            open: Vec::new(),
+            finished: Vec::new(),
+            root: None,
+            anchors: HashMap::new(),
+            nodes: 0,
+            copied: Size::default(),
+        }
     }
 
     /// `Ok(Some)` when a document is complete. `say` reports what is wrong without ending the document.
     fn take(
         &mut self,
-        event: Event<'_>,
+        event: Event<'t>,
         span: Span,
         say: &mut dyn FnMut(&Span, String, &str),
-    ) -> Result<Option<Node>, Refused> {
+    ) -> Result<Option<Node<'t>>, Refused> {
         let tagged = event.tag().filter(|t| !t.is_yaml_core_schema_tag("str")).map(ToString::to_string);
         if let Some(tag) = tagged {
             say(&span, format!("a value has the tag {}", quote(&tag)), "tags have no meaning in policies");
@@ -241,7 +259,7 @@ impl<'t> Tree<'t> {
                         | ScalarStyle::Literal
                         | ScalarStyle::Folded => None,
                     };
-                    Value::Text(Text { inset: inset.filter(|_| !text.contains('\n')), text: text.into_owned() })
+                    Value::Text(Text { inset: inset.filter(|_| !text.contains('\n')), text })
                 };
                 self.count(1)?;
                 self.close(node(value), size, anchor)?;
@@ -249,7 +267,18 @@ impl<'t> Tree<'t> {
             Event::SequenceStart(_, anchor, _) => self.begin(node(Value::List(Vec::new())), anchor)?,
             Event::MappingStart(_, anchor, _) => self.begin(node(Value::Map(Vec::new())), anchor)?,
             Event::SequenceEnd | Event::MappingEnd => {
-                if let Some(Open { node, anchor, size, key: _ }) = self.open.pop() {
+                if let Some(Open { mut node, anchor, size, first }) = self.open.pop() {
+                    match &mut node.value {
+                        Value::List(items) => *items = self.finished.drain(first..).collect(),
+                        Value::Map(entries) => {
+                            let mut values = self.finished.drain(first..);
+                            entries.reserve_exact(values.len() / 2);
+                            while let (Some(key), Some(value)) = (values.next(), values.next()) {
+                                entries.push((key, value));
+                            }
+                        }
+                        Value::Text(_) | Value::Nothing | Value::Broken => {}
+                    }
                     self.close(node, size, anchor)?;
                 }
             }
@@ -284,17 +313,18 @@ impl<'t> Tree<'t> {
         Ok(None)
     }
 
-    fn begin(&mut self, node: Node, anchor: usize) -> Result<(), Refused> {
+    fn begin(&mut self, node: Node<'t>, anchor: usize) -> Result<(), Refused> {
         if self.open.len() >= DEPTH {
             return Err(format!("values are nested deeper than {DEPTH}"));
         }
         self.count(1)?;
-        self.open.push(Open { node, anchor, size: Size { nodes: 1, bytes: 0, depth: 1 }, key: None });
+        let first = self.finished.len();
+        self.open.push(Open { node, anchor, size: Size { nodes: 1, bytes: 0, depth: 1 }, first });
         Ok(())
     }
 
     /// Puts a finished value where it belongs.
-    fn close(&mut self, node: Node, size: Size, anchor: usize) -> Result<(), Refused> {
+    fn close(&mut self, node: Node<'t>, size: Size, anchor: usize) -> Result<(), Refused> {
         if anchor != 0 {
             self.copy(size)?;
             let _ = self.anchors.insert(anchor, (node.clone(), size));
@@ -304,14 +334,7 @@ impl<'t> Tree<'t> {
             return Ok(());
         };
         parent.size.add(size);
-        match &mut parent.node.value {
-            Value::List(items) => items.push(node),
-            Value::Map(entries) => match parent.key.take() {
-                None => parent.key = Some(node),
-                Some(key) => entries.push((key, node)),
-            },
-            Value::Text(_) | Value::Nothing | Value::Broken => {}
-        }
+        self.finished.push(node);
         Ok(())
     }
 

@@ -193,17 +193,29 @@ fn phases(size: Size) -> Result<()> {
             );
         }
         least.time("drop of documents and tables", move || drop((docs, resolved, tables, again, back)));
+        let mut files: revision::Files =
+            texts.iter().map(|(name, text)| (name.clone(), text.as_str().into())).collect();
+        let (mut read, mut registry) = (policy::document::Cache::default(), Registry::default());
         let candidate = least.time("build (all of it but the kernel)", || {
-            revision::build(
-                texts.clone(),
-                &mut policy::document::Cache::default(),
-                &mut Registry::default(),
-                &mut numbers,
-                false,
-                clock,
-            )
+            revision::build(files.clone(), &mut read, &mut registry, &mut numbers, false, clock)
         });
-        ensure!(candidate.is_ok());
+        let candidate = candidate.map_err(|refused| anyhow::anyhow!("{refused:?}"))?;
+        // One rule more, in a file of its own.
+        let text = "apiVersion: segfw.dev/v1\nkind: Policy\nmetadata: {name: one-more}\nspec:\n  rules:\n    - {name: r, from: [app-0], to: [app-1], ports: [tcp/8000], action: allow}\n";
+        files.push(("one-more.yaml".into(), text.into()));
+        let (documents, problems) =
+            least.time("change of a rule: parse", || policy::document::parse_again(&files, &mut read));
+        ensure!(problems.is_empty(), "{problems:?}");
+        let held = (&candidate.policy, &candidate.tables, &candidate.basis);
+        let change = least.time("change of a rule: find it and compile it", || {
+            revision::change(&documents, held, &registry, &mut numbers, clock)
+        });
+        let mut change = change.context("the change is not compiled alone")?;
+        let (mut resolved, mut tables, mut basis) = (candidate.policy, candidate.tables, candidate.basis);
+        least.time("change of a rule: into tables and policy", || {
+            change.amendment.swap(&mut tables);
+            basis.ends.replace_rules(&mut resolved, change.rules);
+        });
     }
     ensure!(entries > 0);
     least.print();

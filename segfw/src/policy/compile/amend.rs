@@ -6,6 +6,7 @@
 //! the tables before. What a change may do beyond that (other prefixes, other label sets, a rule for `any` peers, rules
 //! with an end) is left to a compilation from nothing: then the answer is `None`, which is never wrong, only slow.
 
+use super::ends::{Peers, stretches};
 use super::*;
 use foldhash::{HashSet, HashSetExt as _};
 
@@ -114,7 +115,7 @@ struct Known<'a> {
 /// gone). `tables` and `lists` are those of `old`, and `local` the label sets that they were compiled for, with none
 /// elsewhere. Also the port lists after it. `None` = that must be found by compiling everything.
 pub fn amend(
-    old: &HostPolicy,
+    (old, ends): (&HostPolicy, &Ends),
     tables: &Tables,
     lists: &PortLists,
     local: &[Labels],
@@ -122,17 +123,14 @@ pub fn amend(
     numbers: &mut Numbers,
     clock: Clock,
 ) -> Option<(Amendment, PortLists)> {
-    // Rules of one policy mostly follow each other.
-    let mut last: Option<(&str, bool)> = None;
-    let is_changed: Vec<bool> = old
-        .rules
-        .iter()
-        .map(|rule| match last {
-            Some((policy, is)) if policy == rule.policy => is,
-            Some(_) | None => last.insert((&rule.policy, changed.contains_key(&rule.policy))).1,
-        })
-        .collect();
-    let before: Vec<&Rule> = old.rules.iter().zip(&is_changed).filter(|(_, is)| **is).map(|(rule, _)| rule).collect();
+    let sides = ends.sides(old.rules.len())?;
+    let stretches = stretches(&old.rules, changed.keys().map(String::as_str));
+    let before: Vec<&Rule> = stretches.iter().filter_map(|stretch| old.rules.get(stretch.clone())).flatten().collect();
+    // All the others, each with its ends.
+    let starts = std::iter::once(0).chain(stretches.iter().map(|stretch| stretch.end));
+    let others = starts.zip(stretches.iter().map(|stretch| stretch.start).chain([old.rules.len()]));
+    let others = others.filter_map(|(first, past)| Some((old.rules.get(first..past)?, sides.get(first..past)?)));
+    let others = others.flat_map(|(rules, sides)| rules.iter().zip(sides));
     let (gone, new) = sort_out(&before, changed)?;
 
     let sets: Vec<&Labels> = local.iter().collect();
@@ -194,16 +192,23 @@ pub fn amend(
     // Every rule that names one of these pairs, and nobody else.
     let finder = Finder::new(&known, &dirty);
     let mut rules: Vec<&Rule> = Vec::new();
-    for (rule, _) in old.rules.iter().zip(&is_changed).filter(|(_, is)| !**is) {
-        let named = finder.names(&rule.from) && finder.names(&rule.to);
-        if !named && unnamed.is_empty() {
-            continue;
-        }
-        for net in inline_nets(&[rule]).map(Net::from) {
-            let _ = unnamed.remove(&net);
-        }
-        if named {
+    for (rule, sides) in others.clone() {
+        if finder.may_name(sides.from)
+            && finder.may_name(sides.to)
+            && finder.names(&rule.from)
+            && finder.names(&rule.to)
+        {
             rules.push(rule);
+        }
+    }
+    for (rule, sides) in others {
+        if unnamed.is_empty() {
+            break;
+        }
+        if sides.from.has(Peers::ADDRESSES) || sides.to.has(Peers::ADDRESSES) {
+            for net in inline_nets(&[rule]).map(Net::from) {
+                let _ = unnamed.remove(&net);
+            }
         }
     }
     for nets in old.segments.iter().filter_map(|s| match &s.members {
@@ -233,7 +238,8 @@ pub fn amend(
             Some(IdentityName::Reserved(_) | IdentityName::Labels(_)) | None => None,
         })
         .collect::<Option<_>>()?;
-    let nodes = Nodes::new(local, &[], &prefixes, numbers);
+    let of_prefixes: Vec<Identity> = prefixes.values().map(|net| numbers.identity(&net.to_string())).collect();
+    let nodes = Nodes::new(local, &[], &prefixes, &of_prefixes, numbers);
     let specs = Specs::new(&part, &nodes);
     let groups = Groups::new(&specs, nodes.all.len());
     let program = Program::new(&part, &specs, &groups, &nodes, numbers, clock);
@@ -275,7 +281,7 @@ pub fn amend(
 
     // What the numbers mean, and what each rule costs.
     for (rule, prepared) in part.rules.iter().zip(&program.rules).filter_map(|(r, p)| Some((r, p.as_ref()?))) {
-        if changed.contains_key(&rule.policy) {
+        if changed.contains_key(&*rule.policy) {
             let entries = tables.rule_names.get(&prepared.number).map_or(0, |name| name.entries);
             let _ = names.insert(prepared.number, Some(RuleName::of(rule, entries)));
         }
@@ -300,8 +306,7 @@ fn sort_out<'a>(
     before: &[&'a Rule],
     changed: &'a BTreeMap<String, Vec<Rule>>,
 ) -> Option<(Vec<&'a Rule>, Vec<&'a Rule>)> {
-    let mut known: HashMap<(&str, &str), &Rule> =
-        before.iter().map(|r| ((r.policy.as_str(), r.name.as_str()), *r)).collect();
+    let mut known: HashMap<(&str, &str), &Rule> = before.iter().map(|r| ((&*r.policy, &*r.name), *r)).collect();
     if known.len() != before.len() {
         return None;
     }
@@ -309,7 +314,7 @@ fn sort_out<'a>(
     for rules in changed.values() {
         let mut last = None;
         for rule in rules {
-            match known.remove(&(rule.policy.as_str(), rule.name.as_str())) {
+            match known.remove(&(&*rule.policy, &*rule.name)) {
                 Some(old) if says_the_same(old, rule) => {
                     if last.replace(old.index).is_some_and(|last| last >= old.index) {
                         return None;
@@ -589,6 +594,16 @@ impl<'a> Finder<'a> {
             })
     }
 
+    /// False = [`Self::names`] is false for these peers. Says it without the rule at hand.
+    fn may_name(&self, peers: Peers) -> bool {
+        peers.has(Peers::ANY | Peers::SEGMENTS)
+            || peers.segment().is_some_and(|i| self.segments.get(i).copied().unwrap_or(true))
+            || peers.has(Peers::SELECT) && !self.dirty.labels.is_empty()
+            || peers.has(Peers::ADDRESSES | Peers::WORLD) && !self.dirty.prefixes.is_empty()
+            || peers.has(Peers::WORLD) && self.dirty.world
+            || peers.has(Peers::HOST) && self.dirty.host
+    }
+
     fn names(&self, peers: &[PeerSpec]) -> bool {
         peers.iter().any(|peer| match peer {
             PeerSpec::Any => true,
@@ -635,7 +650,7 @@ mod tests {
     use super::super::random::{Rng, World, random_rule};
     use super::super::testing::clock;
     use super::*;
-    use crate::policy::resolve::{precedence, replace_rules};
+    use crate::policy::resolve::precedence;
 
     const FIRST: u64 = 0;
     const LAST: u64 = 120;
@@ -655,7 +670,7 @@ mod tests {
 
     /// Other rules for one policy: some gone, some with another answer, some new, seldom in another order.
     fn another(rng: &mut Rng, policy: &HostPolicy, name: &str, fresh: &mut u32, simple: bool) -> Vec<Rule> {
-        let mut rules: Vec<Rule> = policy.rules.iter().filter(|r| r.policy == name).cloned().collect();
+        let mut rules: Vec<Rule> = policy.rules.iter().filter(|r| *r.policy == *name).cloned().collect();
         rules.sort_by_key(|r| r.index);
         rules.retain(|_| !rng.one_in(6));
         for rule in &mut rules {
@@ -671,7 +686,8 @@ mod tests {
         }
         for _ in 0..rng.below(3) {
             *fresh += 1;
-            let rule = Rule { name: format!("n{fresh}"), policy: name.to_owned(), ..random_rule(rng, policy, *fresh) };
+            let rule =
+                Rule { name: format!("n{fresh}").into(), policy: name.into(), ..random_rule(rng, policy, *fresh) };
             rules.insert(rng.below(rules.len() + 1), rule);
         }
         if rng.one_in(12) && rules.len() > 1 {
@@ -697,7 +713,7 @@ mod tests {
             let sets: Vec<Labels> = sets.into_iter().collect();
             let mut policy = world.policy;
             for rule in &mut policy.rules {
-                rule.policy = format!("p{}", rule.index % 3);
+                rule.policy = format!("p{}", rule.index % 3).into();
                 if simple {
                     plain(rule, &mut rng);
                 }
@@ -705,13 +721,20 @@ mod tests {
             policy.rules.sort_by(|a, b| precedence(a).cmp(&precedence(b)));
             let (mut numbers, mut fresh) = (Numbers::default(), 0);
             let (mut tables, mut lists) = compile_whole(&policy, &sets, &[], &mut numbers, clock()).unwrap();
+            let mut ends = Ends::of(&policy);
             for _ in 0..8 {
                 let name = format!("p{}", rng.below(4));
                 let rules = another(&mut rng, &policy, &name, &mut fresh, simple);
                 let changed = BTreeMap::from([(name, rules)]);
                 let mut given = numbers.clone();
-                let amended = amend(&policy, &tables, &lists, &sets, &changed, &mut given, clock());
-                replace_rules(&mut policy, changed);
+                let amended = amend((&policy, &ends), &tables, &lists, &sets, &changed, &mut given, clock());
+                let mut expected: Vec<Rule> =
+                    policy.rules.iter().filter(|r| !changed.contains_key(&*r.policy)).cloned().collect();
+                expected.extend(changed.values().flatten().cloned());
+                expected.sort_by(|a, b| precedence(a).cmp(&precedence(b)));
+                ends.replace_rules(&mut policy, changed);
+                assert_eq!(format!("{:?}", policy.rules), format!("{expected:?}"), "run {run}");
+                assert!(ends == Ends::of(&policy), "run {run}");
                 if amended.is_some() {
                     numbers = given;
                 }

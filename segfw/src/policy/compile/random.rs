@@ -219,7 +219,7 @@ pub fn random_rule(rng: &mut Rng, policy: &HostPolicy, index: u32) -> Rule {
     expiries.extend(times.map(|t| Some(t.parse::<Timestamp>().unwrap())));
     Rule {
         policy: "p".into(),
-        name: format!("r{index}"),
+        name: format!("r{index}").into(),
         tier: *rng.pick(&tiers[..1 + (index as usize % 5)]),
         priority: rng.below(2) as u16,
         index,

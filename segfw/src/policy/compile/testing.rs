@@ -62,7 +62,7 @@ pub fn rule(policy: &mut HostPolicy, text: &str) {
     let index = policy.rules.len() as u32;
     let mut rule = Rule {
         policy: "p".into(),
-        name: format!("r{index}"),
+        name: format!("r{index}").into(),
         tier: Tier::Application,
         priority: 100,
         index,

@@ -555,7 +555,7 @@ fn rule_fast(policy: &mut HostPolicy, text: &str, i: usize) {
     let index = |s: &str| PeerSpec::Segment(s[1..].parse().unwrap());
     policy.rules.push(Rule {
         policy: "p".into(),
-        name: format!("r{i}"),
+        name: format!("r{i}").into(),
         tier: Tier::Application,
         priority: 0,
         index: i as u32,

@@ -163,11 +163,11 @@ fn programs() -> Result<()> {
 
 /// As many rules as `rules::files` would have, without their text: reading 10,000 rules takes a counting guest a minute.
 fn enlarge(policy: &mut HostPolicy, size: u32) {
-    let Some(first) = policy.rules.iter().find(|r| r.name == "r0").cloned() else { return };
+    let Some(first) = policy.rules.iter().find(|r| *r.name == *"r0").cloned() else { return };
     for i in 1..size {
         let (addr, port) = sentence(i);
         let mut rule = first.clone();
-        rule.name = format!("r{i}");
+        rule.name = format!("r{i}").into();
         rule.index = i;
         rule.from = vec![PeerSpec::Addresses(vec![std::net::IpAddr::V4(addr).into()])];
         rule.ports = vec![PortSpec { proto: Proto::Tcp, first: port, last: port }];
