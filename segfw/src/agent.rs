@@ -68,6 +68,8 @@ const GUARD_LATEST: Duration = Duration::from_secs(8);
 const RUNTIMES_AGAIN: Duration = Duration::from_millis(25);
 /// How often aggregated denials are fetched.
 const DENIALS: Duration = Duration::from_secs(1);
+/// The same while there are none: each look wakes an idle host.
+const DENIALS_NONE: Duration = Duration::from_secs(2);
 /// An entry that nothing was added to for so long makes room; much sooner where half of all room is taken.
 const DENIAL_IDLE: Duration = Duration::from_secs(60);
 
@@ -209,8 +211,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
     };
 
     let mut hangup = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())?;
-    let mut denials = tokio::time::interval(DENIALS);
-    denials.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut denials_at = tokio::time::Instant::now();
     let mut survey_at = tokio::time::Instant::now() + SURVEY;
     let mut notifier = notify::Notifier::new();
     let mut runtimes = Runtimes::new(&agent.core().config.runtimes);
@@ -273,10 +274,11 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::
                 }
                 None => break Err(anyhow::anyhow!("the watch of the policy folder ended")),
             },
-            _ = denials.tick() => {
+            () = tokio::time::sleep_until(denials_at) => {
                 let mut core = agent.core();
                 core.beat();
                 core.fetch_denials();
+                denials_at = tokio::time::Instant::now() + core.denials_pause();
                 // A policy that asks for containers for the first time does not wait for the next look.
                 if core.registry.never_listed() {
                     ask_at = tokio::time::Instant::now();

@@ -453,12 +453,7 @@ fn run(cli: Cli) -> Result<Exit, CliError> {
     match command {
         Command::Agent(args) => {
             let config = args.settle(socket)?;
-            // On a worker, where its timers end too: each tick would wake the main thread otherwise.
-            let agent = async { tokio::spawn(engine::agent(config)).await };
-            runtime(true)?
-                .block_on(agent)
-                .map_err(|e| CliError::system(format!("the agent failed: {e}")))?
-                .map(|()| Exit::Yes)
+            runtime(true)?.block_on(engine::agent(config)).map(|()| Exit::Yes)
         }
         Command::Load(args) => load(args.into(), socket),
         Command::Policy(PolicyCommand::Check(args)) => check(&args),

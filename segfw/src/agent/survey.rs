@@ -258,6 +258,13 @@ impl Core {
         self.survey();
     }
 
+    /// Until the next [`Self::fetch_denials`].
+    pub(super) fn denials_pause(&self) -> Duration {
+        // Where somebody waits for a sign of life it is given with the same tick.
+        let is_awaited = self.config.absence.agent_gone != Absent::LastKnownGood;
+        if self.told.is_empty() && !is_awaited { DENIALS_NONE } else { DENIALS }
+    }
+
     /// Tells what was added since the last look. An entry stays in the kernel while it is in use: taking it out between
     /// two denials would lose those that come between the reading and the removal. An agent that takes over tells what
     /// it finds, since it does not know what the one before had told.
