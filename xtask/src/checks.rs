@@ -39,7 +39,8 @@ fn deny() -> Result<()> {
     } else if has("cargo-deny") {
         "cargo-deny".into()
     } else {
-        install("cargo-deny", CARGO_DENY)?;
+        // It reads some hundred manifests once: to optimise it takes longer.
+        install("cargo-deny", CARGO_DENY, &["--debug"])?;
         own
     };
     let deny = |which: &[&str]| {

@@ -84,7 +84,7 @@ fn shown(path: &Path) -> Result<()> {
 fn ready((name, version): (&str, &str)) -> Result<PathBuf> {
     let path = tool(name);
     if !path.is_file() {
-        install(name, version)?;
+        install(name, version, &[])?;
     }
     Ok(path)
 }

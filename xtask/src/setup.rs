@@ -73,7 +73,7 @@ pub(crate) fn build_tools() -> Result<()> {
     rust_src()?;
     let linker = tool("bpf-linker");
     if version(&linker).as_deref() != Some(BPF_LINKER) {
-        install("bpf-linker", BPF_LINKER)?;
+        install("bpf-linker", BPF_LINKER, &[])?;
     }
     Ok(())
 }
@@ -103,13 +103,13 @@ fn version(path: &PathBuf) -> Option<String> {
 }
 
 /// Into target/tools, with the dependencies that its author tested.
-pub(crate) fn install(name: &str, version: &str) -> Result<()> {
+pub(crate) fn install(name: &str, version: &str, options: &[&str]) -> Result<()> {
     say(&format!("installing {name} {version} into target/tools (some minutes, once)"));
     let mut command = cargo();
     command.args(["install", name, "--locked", "--force", "--root"]).arg(root().join("target/tools"));
     // A folder of its own, kept between attempts but not in the way of ours.
     command.arg("--target-dir").arg(root().join("target/tools/build"));
-    command.args(["--version", version]);
+    command.args(["--version", version]).args(options);
     // Not `--quiet`: minutes of silence look like a hang.
     crate::run(&mut command)?;
     let _ = std::fs::remove_dir_all(root().join("target/tools/build"));
