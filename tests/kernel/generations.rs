@@ -398,7 +398,12 @@ fn foreign(datapath: &Datapath, pair: &Pair) -> Result<()> {
     }
     // All others stay as they were.
     let next = datapath.publish(&pair.tables[0])?;
-    same(datapath, pair, next)
+    same(datapath, pair, next)?;
+    // Nor by a change that says of the rules in force that they stay.
+    sys::outer_set(datapath.map("RULES")?, next.slot * bounds::RULE_SHARDS, rules.as_fd())?;
+    ensure!(datapath.read_back(next)?.rules.is_empty(), "the foreign map is not there");
+    let last = datapath.publish_change(&pair.tables[0], &[])?;
+    same(datapath, pair, last)
 }
 
 fn found_again(datapath: &Datapath, scratch: &Scratch, pair: &Pair) -> Result<()> {

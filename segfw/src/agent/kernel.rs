@@ -178,22 +178,8 @@ impl Core {
 
     /// Somebody may be somebody else now: the kernel is told.
     fn relabel(&mut self) {
-        let new = match &self.in_force {
-            Some(f) if self.registry.says_otherwise() => {
-                let sets = self.registry.label_sets();
-                let known: BTreeSet<&Labels> = f
-                    .tables
-                    .identities
-                    .values()
-                    .filter_map(|name| match name {
-                        IdentityName::Labels(labels) => Some(labels),
-                        IdentityName::Reserved(_) | IdentityName::Prefix(_) => None,
-                    })
-                    .collect();
-                sets.iter().any(|labels| !known.contains(labels))
-            }
-            Some(_) | None => false,
-        };
+        let is_new = |f: &InForce| self.registry.says_otherwise() && !self.registry.needs_only(&f.basis.sets);
+        let new = self.in_force.as_ref().is_some_and(is_new);
         if new {
             // Labels that no table knows yet (several documents on one cgroup): the tables come first.
             if let Some(files) = self.in_force.as_ref().map(|f| f.files.clone()) {

@@ -81,6 +81,15 @@ struct Part {
     print: Print,
 }
 
+impl Part {
+    /// Reads it back.
+    fn of(place: Place, map: OwnedFd, sum: &Sum) -> Result<Self, Error> {
+        let print = print(place, map.as_fd(), sum)?;
+        let id = sys::map_info(map.as_fd()).map_err(reading(place))?.id;
+        Ok(Self { map: Arc::new(map), id, print })
+    }
+}
+
 /// What this agent put in force, and what that left to do.
 #[derive(Debug, Default)]
 pub struct Held {
@@ -234,12 +243,12 @@ impl Datapath {
         }
         // A plain array write, as that of `CONTROL`, waits for nobody. Writing to an outer slot waits for a grace period:
         // after it no program that read the old word is still running, and the old slots can go.
-        let any = |place: &Place| self.inner(*place, active.slot).transpose();
-        if let Some(map) = Place::all(active.bits).find_map(|place| any(&place).map(|map| map.map(|map| (place, map))))
-        {
-            let (place, map) = map?;
-            sys::outer_set(self.map(place.name())?, place.index(active.slot), map.as_fd())
-                .map_err(|e| Error::sys("wait for the programs of the last generation", e))?;
+        for place in Place::all(active.bits) {
+            if let Some(map) = self.inner(place, active.slot)? {
+                sys::outer_set(self.map(place.name())?, place.index(active.slot), map.as_fd())
+                    .map_err(|e| Error::sys("wait for the programs of the last generation", e))?;
+                break;
+            }
         }
         held.settled = true;
         // What is not cleared costs memory, and the next one comes by again.
@@ -317,8 +326,8 @@ impl Datapath {
     /// Where these maps are, as [`Self::inner_maps`] tells them; the generation is 0.
     pub fn find(&self, maps: &[u32]) -> Option<Active> {
         let bits = maps.len().checked_sub(RULES)?.checked_ilog2()?;
-        let places = (0..bounds::SLOTS).map(|slot| Active { generation: 0, slot, bits });
-        places.into_iter().find(|place| self.inner_maps(*place).is_ok_and(|there| there == maps))
+        let mut places = (0..bounds::SLOTS).map(|slot| Active { generation: 0, slot, bits });
+        places.find(|place| self.inner_maps(*place).is_ok_and(|there| there == maps))
     }
 
     /// The word of `control::FLAGS`.
@@ -338,10 +347,7 @@ impl Datapath {
     pub fn holds(&self, tables: &Tables) -> Result<bool, Error> {
         let mut held = self.held();
         let active = self.active()?;
-        if active.generation == 0 {
-            return Ok(false);
-        }
-        if active.bits != bits(tables.rules.len()) {
+        if active.generation == 0 || active.bits != bits(tables.rules.len()) {
             return Ok(false);
         }
         let wanted = wanted(tables, active.bits, &held.sum, None);
@@ -351,9 +357,7 @@ impl Datapath {
                 Some(map) => {
                     // They should be: then this says that it cannot be done twice.
                     let _ = sys::map_freeze(map.as_fd());
-                    let print = print(place, map.as_fd(), &held.sum)?;
-                    let id = sys::map_info(map.as_fd()).map_err(reading(place))?.id;
-                    Some(Part { map: Arc::new(map), id, print })
+                    Some(Part::of(place, map, &held.sum)?)
                 }
                 None => None,
             };
@@ -485,12 +489,11 @@ fn make(
             }
         };
         sys::map_freeze(map.as_fd()).map_err(|e| Error::sys(format!("freeze the map {}", place.name()), e))?;
-        let have = print(place, map.as_fd(), sum)?;
-        if have != want {
-            return Err(Error::ReadBack { map: place.name(), want: want.to_string(), have: have.to_string() });
+        let part = Part::of(place, map, sum)?;
+        if part.print != want {
+            return Err(Error::ReadBack { map: place.name(), want: want.to_string(), have: part.print.to_string() });
         }
-        let id = sys::map_info(map.as_fd()).map_err(reading(place))?.id;
-        Ok((i, Part { map: Arc::new(map), id, print: have }))
+        Ok((i, part))
     };
     let entries: usize = places.iter().map(|i| wanted[*i].entries as usize).sum();
     if entries < MANY {
