@@ -42,7 +42,7 @@ use live::{Swept, View};
 use registry::Registry;
 use revise::needs_egress;
 use revision::{Candidate, Files, Saved, Store};
-use segfw_common::event::{DenialCount, DenialKey, Hook};
+use segfw_common::event::{Counter, DenialCount, DenialKey, Hook};
 use segfw_common::state::PathKey;
 use segfw_common::{Addr, AddressEntry, CgroupEntry, EndpointEntry, EndpointKey, EventKind, FlowEvent, control};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -122,6 +122,8 @@ pub struct Core {
     attached: bool,
     /// Aggregated denials that the history has, by key.
     told: BTreeMap<DenialKey, u64>,
+    /// Denials that were aggregated, at the last look; `None` before the first.
+    aggregated: Option<u64>,
     /// Flags of the host as we wrote them.
     flags: u64,
     /// Boot time of the next sign of life.

@@ -94,6 +94,7 @@ impl Core {
             history,
             attached: active.generation != 0,
             told: BTreeMap::new(),
+            aggregated: None,
             flags: 0,
             beat_at: 0,
             closed_until_first: false,

@@ -270,8 +270,17 @@ impl Core {
     /// it finds, since it does not know what the one before had told.
     pub(super) fn fetch_denials(&mut self) {
         let generation = self.in_force.as_ref().map_or(0, |f| f.revision.generation);
-        let all = match self.datapath.denials() {
-            Ok(all) => all,
+        // The counter first: what is added after it was read is seen at the next look.
+        let counted = self.datapath.counter(Counter::DenialsAggregated as u32).and_then(|aggregated| {
+            // An empty table is the usual case, and reading it means to walk all of it.
+            let nothing = self.told.is_empty() && self.aggregated == Some(aggregated);
+            Ok((aggregated, if nothing { Vec::new() } else { self.datapath.denials()? }))
+        });
+        let all = match counted {
+            Ok((aggregated, all)) => {
+                self.aggregated = Some(aggregated);
+                all
+            }
             Err(error) => {
                 tracing::error!("{error}");
                 return;

@@ -144,11 +144,8 @@ impl Datapath {
     pub fn counters(&self) -> Result<Counters, Error> {
         let cpus = possible_cpus();
         let mut counters = Counters::default();
-        let mut bytes = vec![0u8; cpus * 8];
         for index in 0..Counter::LEN {
-            let _ = sys::map_lookup_into(self.map("COUNTERS")?, &index, &mut bytes)
-                .map_err(|e| Error::sys("read COUNTERS", e))?;
-            counters.by_index.push(words(&bytes).iter().sum());
+            counters.by_index.push(self.counter(index)?);
         }
         for rule in self.keys::<u32>("RULE_COUNTERS")? {
             let mut bytes = vec![0u8; cpus * size_of::<RuleCount>()];
@@ -165,6 +162,14 @@ impl Datapath {
             }
         }
         Ok(counters)
+    }
+
+    /// One counter, summed over all processors.
+    pub fn counter(&self, index: u32) -> Result<u64, Error> {
+        let mut bytes = vec![0u8; possible_cpus() * 8];
+        let _ = sys::map_lookup_into(self.map("COUNTERS")?, &index, &mut bytes)
+            .map_err(|e| Error::sys("read COUNTERS", e))?;
+        Ok(words(&bytes).iter().sum())
     }
 
     /// Denials that are aggregated, each counted since its entry was made. Reading takes nothing out, so nothing that is

@@ -58,8 +58,8 @@ pub struct Namespace {
     pub addresses: Vec<IpAddr>,
     /// Processes in it, at the time of the survey.
     pub pids: Vec<u32>,
-    /// Their cgroups, as paths in the v2 hierarchy (`/system.slice/web.service`). One entry (and not the survey's own
-    /// namespace) means: this namespace belongs to one cgroup.
+    /// Their cgroups, as paths in the v2 hierarchy (`/system.slice/web.service`). One entry means: this namespace belongs to
+    /// one cgroup. Empty for the survey's own namespace, which is everybody's.
     pub cgroups: BTreeSet<String>,
     /// Where it is mounted, if it is.
     pub mounts: Vec<PathBuf>,
@@ -176,7 +176,8 @@ pub fn current_addresses() -> io::Result<Vec<IpAddr>> {
     Ok(addresses)
 }
 
-/// Every namespace of this machine. Costs two reads per process and one `setns` per namespace.
+/// Every namespace of this machine. Costs a `readlink` per process, a read for those in other namespaces than ours, and one
+/// `setns` per namespace.
 pub fn survey() -> Result<Survey, Error> {
     let mut survey = Survey::default();
     let found = find(&mut survey.skipped)?;
@@ -279,7 +280,10 @@ fn find(skipped: &mut Vec<(PathBuf, String)>) -> Result<HashMap<u64, Found>, Err
         };
         if let Some(namespace) = found.get_mut(&inode) {
             namespace.pids.push(pid);
-            namespace.cgroups.extend(proc::cgroup_of(pid));
+            // Most processes live there, and nobody asks whose it is.
+            if !namespace.own {
+                namespace.cgroups.extend(proc::cgroup_of(pid));
+            }
         }
     }
     for entry in MOUNT_DIRECTORIES.iter().flat_map(|d| fs::read_dir(d).into_iter().flatten().flatten()) {
@@ -364,7 +368,7 @@ mod tests {
         let own: Vec<_> = survey.namespaces.iter().filter(|n| n.own).collect();
         assert_eq!(own.len(), 1);
         assert_eq!(own[0].cookie, current_cookie().unwrap());
-        assert!(own[0].pids.contains(&std::process::id()));
+        assert!(own[0].pids.contains(&std::process::id()) && own[0].cgroups.is_empty());
 
         let found = survey.get(cookie).unwrap();
         assert_eq!(found.pids, [child.0.id()]);
