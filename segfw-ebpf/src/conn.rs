@@ -11,7 +11,7 @@ use crate::emit::{About, loaded};
 use crate::judge::{judge, opaque_zero, unjudged};
 use crate::maps::{Kernel, cgroup, count, listener};
 use crate::socket::{current, unpack};
-use crate::stream::{forget, inbound, refused};
+use crate::stream::{forget, inbound, keep, refused};
 use aya_ebpf::helpers::generated::{bpf_get_current_cgroup_id, bpf_probe_read_kernel};
 use core::ffi::c_void;
 use segfw_common::decide::standing;
@@ -114,6 +114,9 @@ pub fn request(sk: u64, skb: u64) -> Answer {
     judge(&kernel, &flow, &mut j);
     // What passes is reported by `sock_ops`, once the handshake is over.
     if j.decision.passes() {
+        if packet.opens() {
+            keep(&flow, kernel.generation, packet.sequence, &j);
+        }
         return Answer::Pass;
     }
     refused(&kernel, &packet, &flow, &j, Hook::ConnRequest, local.cgroup)

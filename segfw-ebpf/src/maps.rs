@@ -115,7 +115,8 @@ pub struct Budget {
 static BUDGET: PerCpuArray<Budget, 1> = PerCpuArray::new();
 
 /// Per CPU: the answer to the last SYN that a listener was allowed to see, so that the ACK and the child of the same
-/// handshake, which nearly always come to the same CPU, need no second judgement. See `stream::handshake`.
+/// handshake, which nearly always come to the same CPU, need no second judgement. See `stream::handshake` and
+/// `conn::request`.
 #[repr(C)]
 pub struct Handshake {
     /// As the child's storage will have it.

@@ -312,7 +312,7 @@ static SOFTIRQ_ALONE: u32 = 1;
 
 /// Keeps the answer to a SYN for the rest of its handshake.
 #[inline(always)]
-fn keep(flow: &Flow, generation: u32, sequence: u32, j: &Judgement) {
+pub fn keep(flow: &Flow, generation: u32, sequence: u32, j: &Judgement) {
     // SAFETY: a plain read that the compiler may not fold, since the loader changes the value.
     if unsafe { core::ptr::read_volatile(&raw const SOFTIRQ_ALONE) } == 0 {
         return;
