@@ -225,9 +225,18 @@ fn boot_with(
     line: &mut dyn FnMut(&str),
 ) -> Result<End> {
     fs::write(share.path().join("boot.sh"), script(accelerator, variant, command))?;
-    // Not in the background: Ctrl-C must reach QEMU.
-    let mut qemu = Command::new("timeout");
-    qemu.args(["--foreground", "-k", "5", &seconds.to_string(), "qemu-system-x86_64"]);
+    // Not in the background: Ctrl-C must reach QEMU. And no guest outlives who waits for it, however that one ended.
+    let mut qemu = Command::new("setpriv");
+    qemu.args([
+        "--pdeathsig",
+        "TERM",
+        "timeout",
+        "--foreground",
+        "-k",
+        "5",
+        &seconds.to_string(),
+        "qemu-system-x86_64",
+    ]);
     qemu.args([
         "-nodefaults",
         "-no-user-config",
