@@ -32,6 +32,8 @@ pub struct Agent {
     binary: &'static str,
     /// What the names of the world's namespaces begin with.
     prefix: String,
+    /// How long the last [`Self::reload`] took.
+    reloaded: Duration,
 }
 
 impl Agent {
@@ -57,6 +59,7 @@ impl Agent {
             extra: extra.to_vec(),
             binary: "segfw",
             prefix: world.netns(""),
+            reloaded: Duration::ZERO,
         };
         fs::create_dir_all(agent.folder.join("policy"))?;
         fs::create_dir_all(agent.folder.join("state"))?;
@@ -162,9 +165,17 @@ impl Agent {
 
     /// Replaces the policy and waits until another revision is enforced.
     pub fn reload(&mut self, policy: &str) -> Result<()> {
+        let begun = Instant::now();
         let before = digest(&self.status()?);
         self.write(policy)?;
-        self.wait_until("has the new revision", |status| status["state"] == "ENFORCING" && digest(status) != before)
+        self.wait_until("has the new revision", |status| status["state"] == "ENFORCING" && digest(status) != before)?;
+        self.reloaded = begun.elapsed();
+        Ok(())
+    }
+
+    /// How long the last [`Self::reload`] took, rounded up, in seconds: what a time in a policy must leave room for.
+    pub fn pace(&self) -> u64 {
+        self.reloaded.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX)
     }
 
     /// Replaces the policy and does not wait.

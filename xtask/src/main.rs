@@ -33,7 +33,8 @@ cargo xtask COMMAND
   cargo xtask test -- --filter bypass       only these rows
   cargo xtask test -- --baseline-only       what must work without segfw
   cargo xtask test -- --list                the table
-  cargo xtask test --kernels all            verifier, gates and table on other kernels, in guests (all, or 5.10,6.1,...)
+  cargo xtask test --kernels all            verifier, gates and table on other kernels, in guests (all, or 5.10,6.1,...);
+                                            writes their rows of docs/kernels.md
   cargo xtask test --kernels all --part 1/8 of the table every eighth group from the second on";
 
 fn main() -> ExitCode {

@@ -14,7 +14,7 @@ pub(crate) const HELP: &str = "\
 cargo xtask vm fetch [--kernels all|LIST]     kernels, by xtask/kernels.lock, into target/vm (half a GB)
 cargo xtask vm lock                           Debian's newest builds of the same lines into xtask/kernels.lock
 cargo xtask vm test                           what `cargo xtask test` runs of this: 5.10, 6.1 and the newest, the table in part
-cargo xtask test --kernels all|LIST           verifier and whole conformance table; `all` writes docs/kernels.md
+cargo xtask test --kernels all|LIST           verifier, gates, conformance table; writes their rows of docs/kernels.md
 cargo xtask vm run --kernel K [OPTIONS] -- COMMAND...
     Boots kernel K (5.10, 6.1, ...; oldest, newest, all, or several: --kernel 5.10,6.1) and runs COMMAND in it, with the
     machine's root as its own (read-only; /tmp, /run, /dev and /mnt are the guest's) and the repository as working folder.

@@ -10,6 +10,7 @@ use super::attach::{Outcome, pin_over};
 use super::btf::Btf;
 use super::sys::{Instruction, instruction};
 use super::{Datapath, Error, sys};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use segfw_common::conn::{AF_UNIX, CANARY_PROTOCOL, Layout};
 use segfw_common::{Identity, Listener};
 use std::collections::{BTreeMap, HashMap};
@@ -192,35 +193,64 @@ impl Datapath {
     /// Two listeners of ours on loopback: one that is the canary's, which is refused always, and one of whom no policy
     /// speaks. To every other hook both are the latter.
     fn conn_canary(&self) -> Option<Result<(), String>> {
-        let refused = self.reaches(Identity::CANARY)?;
-        let passed = self.reaches(Identity::CANARY_OPEN)?;
-        Some(match (refused, passed) {
+        let refused = self.knock(Identity::CANARY)?;
+        let passed = self.knock(Identity::CANARY_OPEN)?;
+        // Over loopback a handshake is over when `connect` returns, but where the machine is busy and leaves packets to
+        // ksoftirqd. They go in turn: once the second came through, the first was decided.
+        passed.wait();
+        Some(match (refused.is_connected(), passed.is_connected()) {
             (false, true) => Ok(()),
             (true, _) => Err("a connection on loopback to a listener that is always refused was made".to_owned()),
             (false, false) => Err("no connection on loopback is made, not even to a listener of nobody".to_owned()),
         })
     }
 
-    /// Over loopback a handshake is over when `connect` returns; where the SYN was dropped nothing comes for a second.
-    fn reaches(&self, listens: Identity) -> Option<bool> {
-        use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, connect, getpeername, socket};
+    /// Begins a connection to a listener of this identity.
+    fn knock(&self, listens: Identity) -> Option<Knock<'_>> {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, connect, socket};
         let listeners = self.map("LISTENERS").ok()?;
         let listener = TcpListener::bind("127.0.0.1:0").ok()?;
         self.mark(listener.as_fd(), Identity::CANARY_OPEN).ok()?;
         let cookie = socket_cookie(listener.as_fd()).ok()?;
-        let entry = Listener { identity: listens.0, ..Listener::default() };
-        sys::map_update(listeners, &cookie, &entry).ok()?;
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let client = socket(AddressFamily::Inet, SockType::Stream, flags, None).ok()?;
         self.mark(client.as_fd(), Identity::CANARY_OPEN).ok()?;
         let to = SockaddrStorage::from(listener.local_addr().ok()?);
-        let made = match connect(client.as_raw_fd(), &to) {
-            Ok(()) => true,
-            Err(nix::Error::EINPROGRESS) => getpeername::<SockaddrStorage>(client.as_raw_fd()).is_ok(),
-            Err(_) => return None,
-        };
-        let _ = sys::map_delete(listeners, &cookie);
-        Some(made)
+        let entry = Listener { identity: listens.0, ..Listener::default() };
+        sys::map_update(listeners, &cookie, &entry).ok()?;
+        let knock = Knock { client, _listener: listener, listeners, cookie };
+        match connect(knock.client.as_raw_fd(), &to) {
+            Ok(()) | Err(nix::Error::EINPROGRESS) => Some(knock),
+            Err(_) => None,
+        }
+    }
+}
+
+/// How long a canary's connection may take, in ms: less than the second after which its SYN would be sent again.
+const KNOCK: u16 = 500;
+
+/// A connection that was begun, with its listener and the listener's entry in `LISTENERS`; all go with it.
+struct Knock<'a> {
+    client: OwnedFd,
+    _listener: TcpListener,
+    listeners: BorrowedFd<'a>,
+    cookie: u64,
+}
+
+impl Knock<'_> {
+    /// Waits until it is made, but no longer than [`KNOCK`].
+    fn wait(&self) {
+        let _ = poll(&mut [PollFd::new(self.client.as_fd(), PollFlags::POLLOUT)], PollTimeout::from(KNOCK));
+    }
+
+    fn is_connected(&self) -> bool {
+        nix::sys::socket::getpeername::<nix::sys::socket::SockaddrStorage>(self.client.as_raw_fd()).is_ok()
+    }
+}
+
+impl Drop for Knock<'_> {
+    fn drop(&mut self) {
+        let _ = sys::map_delete(self.listeners, &self.cookie);
     }
 }
 

@@ -409,7 +409,13 @@ impl Actor {
                 for _ in 0..sockets {
                     let fd = fresh(SocketAddr::new(ip, first), libc::SOCK_DGRAM)?;
                     for port in 0..ports {
-                        match send_to(fd.as_raw_fd(), b"x", 0, Some(SocketAddr::new(ip, first + port))) {
+                        let to = Some(SocketAddr::new(ip, first + port));
+                        let mut done = send_to(fd.as_raw_fd(), b"x", 0, to);
+                        // What was sent before has not left yet.
+                        while done == Err(libc::EAGAIN) && wait(fd.as_raw_fd(), libc::POLLOUT, 10_000).is_ok() {
+                            done = send_to(fd.as_raw_fd(), b"x", 0, to);
+                        }
+                        match done {
                             Ok(_) => sent += 1,
                             Err(no) if other.is_empty() => other = format!("{:?}", nix::errno::Errno::from_raw(no)),
                             Err(_) => {}

@@ -27,7 +27,7 @@ const SUITES: u32 = 3;
 const WHOLE: u64 = 3600;
 const PARTLY: u64 = 1200;
 /// Where the README holds the table of kernels, and the file that the runs write.
-const BEGIN: &str = "<!-- kernels: written by `cargo xtask test --kernels all` -->";
+const BEGIN: &str = "<!-- kernels: written by `cargo xtask test --kernels` -->";
 const END: &str = "<!-- end of kernels -->";
 const TABLE: &str = "docs/kernels.md";
 /// What a kernel lacks: a row that is skipped and is not named there fails.
@@ -113,10 +113,10 @@ pub(crate) fn test(names: &str, part: &str, write: bool) -> Result<()> {
             told.failed += 1;
         }
         println!("{} passed, {} failed, {} skipped", told.passed, told.failed, told.skipped);
-        rows.push(row(&kernel.name, &kernel.release, &told, &lacks(&expected, &kernel.name)));
+        rows.push(row(&kernel.name, &kernel.release, &told, part, &lacks(&expected, &kernel.name)));
     }
     if write && lost.is_empty() {
-        write_table(&rows, part)?;
+        write_table(&rows)?;
     }
     ensure!(lost.is_empty(), "guests that did not come to their end: {}", lost.join(", "));
     Ok(())
@@ -156,11 +156,12 @@ fn lacks(expected: &str, kernel: &str) -> String {
 }
 
 /// A kernel's row of the table.
-fn row(name: &str, release: &str, told: &Told, lacks: &str) -> String {
+fn row(name: &str, release: &str, told: &Told, part: &str, lacks: &str) -> String {
     let fact = |name: &str| told.facts.get(name).map_or("?", String::as_str);
     let why = if told.skipped == 0 { String::new() } else { format!(" ({lacks})") };
+    let part = if part == ALL { "all" } else { part };
     format!(
-        "| {name} | {release} | {} ({}) | {} | {} | {} | {} | {} | {} | {} | {} | {}{why} |\n",
+        "| {name} | {release} | {} ({}) | {} | {} | {} | {} | {} | {} | {part} | {} | {} | {}{why} |\n",
         fact("programs"),
         fact("walked"),
         fact("gate"),
@@ -175,23 +176,34 @@ fn row(name: &str, release: &str, told: &Told, lacks: &str) -> String {
     )
 }
 
-fn write_table(rows: &[String], part: &str) -> Result<()> {
-    let of = if part == ALL {
-        "the whole conformance table under gate conn and under gate skb".to_owned()
-    } else {
-        format!("part {part} of the conformance table under gate conn and under gate skb")
+/// The head of the table.
+const HEAD: &str = "| kernel | tested build | programs loaded (most instructions walked) | gate for inbound TCP | list of address \
+                    families | `reject` reads as | who connects, in records of allowed TCP | new cgroups known by | sockets older \
+                    than the agent know their namespace from the first packet | part of the conformance table, under gate conn and \
+                    under gate skb | tests passed | failed | rows skipped |\n\
+                    | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n";
+
+/// The table with these rows in place of older ones of the same kernels: each row stands for one run. In the order of `kernels`,
+/// and of those alone.
+fn merged(table: &str, rows: &[String], kernels: &[String]) -> String {
+    let row_of = |kernel: &String| {
+        let begin = format!("| {kernel} |");
+        rows.iter().map(|row| row.trim_end()).chain(table.lines()).find(|row| row.starts_with(&begin))
     };
-    let text = format!(
-        "| kernel | tested build | programs loaded (most instructions walked) | gate for inbound TCP | list of address families | `reject` reads as | who connects, in records of \
-         allowed TCP | new cgroups known by | sockets older than the agent know their namespace from the first packet | tests \
-         passed, with {of} | failed | rows skipped |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n{}",
-        rows.concat()
-    );
-    fs::write(root().join(TABLE), format!("{BEGIN}\n{text}{END}\n"))?;
-    let path = root().join("README.md");
-    let readme = fs::read_to_string(&path)?;
-    let Some((before, _, after)) = parts(&readme) else { bail!("README.md has no {BEGIN}") };
-    fs::write(&path, format!("{before}{BEGIN}\n{text}{END}{after}"))?;
+    let rows: String = kernels.iter().filter_map(row_of).map(|row| format!("{row}\n")).collect();
+    format!("{HEAD}{rows}")
+}
+
+fn write_table(rows: &[String]) -> Result<()> {
+    let kernels: Vec<String> = lock::select(&["all".to_owned()])?.into_iter().map(|k| k.name).collect();
+    let mut table = None;
+    for file in [TABLE, "README.md"] {
+        let path = root().join(file);
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let Some((before, between, after)) = parts(&text) else { bail!("{file} has no {BEGIN}") };
+        let table = table.get_or_insert_with(|| merged(between, rows, &kernels));
+        fs::write(&path, format!("{before}{BEGIN}\n{table}{END}{after}"))?;
+    }
     say(&format!("written: {TABLE}, and the same in README.md"));
     Ok(())
 }
@@ -214,7 +226,15 @@ mod tests {
         let (table, readme) = (read(TABLE), read("README.md"));
         let ours = parts(&table).expect("docs/kernels.md has a table").1;
         let theirs = parts(&readme).expect("README.md has a table of kernels").1;
-        assert!(ours == theirs, "README.md and {TABLE} differ: `cargo xtask test --kernels all` writes both");
+        assert!(ours == theirs, "README.md and {TABLE} differ: `cargo xtask test --kernels` writes both");
+    }
+
+    #[test]
+    fn a_run_replaces_the_rows_of_its_kernels() {
+        let kernels = ["5.10", "6.1", "7.3"].map(str::to_owned);
+        let old = "| kernel | x |\n| --- | --- |\n| 5.10 | old |\n| 6.1 | old |\n| 6.6 | no longer there |\n";
+        let new = merged(old, &["| 7.3 | new |\n".to_owned(), "| 6.1 | new |\n".to_owned()], &kernels);
+        assert_eq!(new, format!("{HEAD}| 5.10 | old |\n| 6.1 | new |\n| 7.3 | new |\n"));
     }
 
     #[test]
@@ -225,8 +245,8 @@ mod tests {
         said.lines().for_each(|line| told.line(line));
         assert_eq!((told.passed, told.failed, told.skipped, told.suites), (22, 1, 2, 2));
         let expected = "# 6.1 is not a line\n5.10,6.1  mptcp   not  built\n7.3 udplite taken out\n6.1 dccp gone";
-        let row = row("6.1", "6.1.0", &told, &lacks(expected, "6.1"));
+        let row = row("6.1", "6.1.0", &told, "1/8", &lacks(expected, "6.1"));
         assert!(row.starts_with("| 6.1 | 6.1.0 | 14 (?) | ?"), "{row}");
-        assert!(row.ends_with("| 22 | 1 | 2 (mptcp: not built; dccp: gone) |\n"), "{row}");
+        assert!(row.ends_with("| 1/8 | 22 | 1 | 2 (mptcp: not built; dccp: gone) |\n"), "{row}");
     }
 }
