@@ -306,7 +306,7 @@ fn drained(stage: &mut Stage, shot: &Shot, stopped: bool) -> Result<Option<Outco
         pause(500 * u64::from(crate::slowness()));
         outcome = says(stage, ends, "gone", 500)?;
     }
-    ensure!(ended >= drain, "a drain of {drain:?} was over {ended:?} before the revision was asked for");
+    ensure!(ended >= drain, "a drain of {drain:?} was over {ended:?} after the revision was asked for");
     ensure!(lived <= drain + slack, "with a drain of {drain:?} it lived for {lived:?} after the revision");
     Ok(Some(outcome))
 }
