@@ -20,7 +20,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The outer maps, and how many inner maps each has at most per generation.
 const OUTER: [(&str, u32); 6] =
@@ -46,6 +46,12 @@ const MAKERS: usize = 4;
 
 /// How often a thread looks whether a map is in its slot; it is there some microseconds after the call began.
 const LOOK: Duration = Duration::from_micros(20);
+
+/// A look at a slot that takes this long waited for a grace period.
+const SLOW: Duration = Duration::from_millis(1);
+
+/// Threads that look at slots where each look waits: enough for a few grace periods in all.
+const READERS: usize = 64;
 
 /// Stack of a thread that makes one system call (bytes).
 const STACK: usize = 64 << 10;
@@ -97,6 +103,8 @@ pub struct Held {
     parts: Vec<Option<Part>>,
     /// No program is in another slot than the one in force, and the others are empty.
     settled: bool,
+    /// What was written since all slots but the one in force were empty, that one included; `None` = nobody looked yet.
+    filled: Option<Vec<Active>>,
     /// Calls that wait for a grace period.
     writers: Vec<Writer>,
     sum: Sum,
@@ -213,6 +221,9 @@ impl Datapath {
             parts[i] = Some(part);
         }
         tracing::debug!(made = missing.len(), of = wanted.len(), "maps are ready");
+        if let Some(filled) = &mut held.filled {
+            filled.push(new);
+        }
         self.install(&mut held.writers, new, &parts)?;
         // What was written into the maps is there for whoever reads the word.
         std::sync::atomic::fence(Ordering::SeqCst);
@@ -243,8 +254,8 @@ impl Datapath {
         }
         // A plain array write, as that of `CONTROL`, waits for nobody. Writing to an outer slot waits for a grace period:
         // after it no program that read the old word is still running, and the old slots can go.
-        for place in Place::all(active.bits) {
-            if let Some(map) = self.inner(place, active.slot)? {
+        for (place, id) in Place::all(active.bits).zip(self.inner_maps(active)?) {
+            if let Some(map) = opened(place, id)? {
                 sys::outer_set(self.map(place.name())?, place.index(active.slot), map.as_fd())
                     .map_err(|e| Error::sys("wait for the programs of the last generation", e))?;
                 break;
@@ -252,29 +263,44 @@ impl Datapath {
         }
         held.settled = true;
         // What is not cleared costs memory, and the next one comes by again.
-        let old = (0..bounds::SLOTS).filter(|slot| *slot != active.slot);
-        let most = bounds::RULE_SHARDS.trailing_zeros();
-        let all = old.flat_map(|slot| Place::all(most).map(move |place| (slot, place)));
-        let cleared = all.map(|(slot, place)| {
-            let (outer, index) = (self.outer(place)?, place.index(slot));
-            if !sys::outer_id(outer.as_fd(), index).is_ok_and(|id| id == 0) {
-                held.writers.push(writer(move || sys::outer_clear(outer.as_fd(), index))?);
+        match self.clear(held, active) {
+            Ok(()) => held.filled = Some(vec![active]),
+            Err(error) => tracing::warn!("old generations are kept: {error}"),
+        }
+        Ok(())
+    }
+
+    /// Empties all slots but that in force.
+    fn clear(&self, held: &mut Held, active: Active) -> Result<(), Error> {
+        let old: Vec<(Place, u32)> = match &held.filled {
+            Some(filled) => {
+                let old = filled.iter().filter(|one| one.slot != active.slot);
+                old.flat_map(|one| Place::all(one.bits).map(|place| (place, one.slot))).collect()
             }
+            None => {
+                let most = bounds::RULE_SHARDS.trailing_zeros();
+                let old = (0..bounds::SLOTS).filter(|slot| *slot != active.slot);
+                let all: Vec<_> = old.flat_map(|slot| Place::all(most).map(move |place| (place, slot))).collect();
+                let there = self.ids(&all)?;
+                all.into_iter().zip(there).filter(|(_, id)| *id != 0).map(|(at, _)| at).collect()
+            }
+        };
+        let cleared = old.into_iter().map(|(place, slot)| {
+            let (outer, index) = (self.outer(place)?, place.index(slot));
+            held.writers.push(writer(move || sys::outer_clear(outer.as_fd(), index))?);
             Ok(())
         });
         let cleared = cleared.fold(Ok(()), Result::and);
         let waited = wait(std::mem::take(&mut held.writers)).map_err(|e| Error::sys("empty a slot", e));
-        if let Err(error) = cleared.and(waited) {
-            tracing::warn!("old generations are kept: {error}");
-        }
-        Ok(())
+        cleared.and(waited)
     }
 
     /// Puts maps into a slot that `CONTROL` does not name, and returns when they are there.
     fn install(&self, writers: &mut Vec<Writer>, new: Active, parts: &[Option<Part>]) -> Result<(), Error> {
         let slot = new.slot;
         let failed = |e| Error::sys(format!("put new maps into slot {slot}"), e);
-        for (place, part) in Place::all(new.bits).zip(parts) {
+        let there = self.inner_maps(new)?;
+        for ((place, part), there) in Place::all(new.bits).zip(parts).zip(there) {
             let (outer, index) = (self.outer(place)?, place.index(slot));
             match part {
                 Some(part) => {
@@ -282,7 +308,7 @@ impl Datapath {
                     writers.push(writer(move || sys::outer_set(outer.as_fd(), index, map.as_fd()))?);
                 }
                 // Settled slots are empty, unless that failed.
-                None if sys::outer_id(outer.as_fd(), index).map_err(failed)? != 0 => {
+                None if there != 0 => {
                     writers.push(writer(move || sys::outer_clear(outer.as_fd(), index))?);
                 }
                 None => {}
@@ -308,19 +334,40 @@ impl Datapath {
         self.maps.get(place.name()).cloned().ok_or_else(missing)
     }
 
-    /// The map of a slot; `None` = there is none.
-    fn inner(&self, place: Place, slot: u32) -> Result<Option<OwnedFd>, Error> {
-        sys::outer_get(self.map(place.name())?, place.index(slot))
-            .map_err(|e| Error::sys(format!("open slot {slot} of {}", place.name()), e))
-    }
-
     /// Numbers of the inner maps of a generation, 0 = none: the maps are frozen, so the same numbers are the same tables.
     pub fn inner_maps(&self, of: Active) -> Result<Vec<u32>, Error> {
-        let id = |place: Place| -> Result<u32, Error> {
-            let read = sys::outer_id(self.map(place.name())?, place.index(of.slot));
-            read.map_err(|e| Error::sys(format!("read slot {} of {}", of.slot, place.name()), e))
+        let all: Vec<(Place, u32)> = Place::all(of.bits).map(|place| (place, of.slot)).collect();
+        self.ids(&all)
+    }
+
+    /// Numbers of the inner maps at these places of slots, 0 = none.
+    fn ids(&self, all: &[(Place, u32)]) -> Result<Vec<u32>, Error> {
+        let id = |(place, slot): &(Place, u32)| -> Result<u32, Error> {
+            let read = sys::outer_id(self.map(place.name())?, place.index(*slot));
+            read.map_err(|e| Error::sys(format!("read slot {slot} of {}", place.name()), e))
         };
-        Place::all(of.bits).map(id).collect()
+        let Some((first, rest)) = all.split_first() else { return Ok(Vec::new()) };
+        let begun = Instant::now();
+        let first = [id(first)];
+        if begun.elapsed() < SLOW {
+            return first.into_iter().chain(rest.iter().map(id)).collect();
+        }
+        // Before 6.8 such a read waits for a grace period (`bpf_map_copy_value` in kernel/bpf/syscall.c), and 261 of them would
+        // take seconds. Many that wait at once wait for the same one.
+        std::thread::scope(|scope| {
+            let share = rest.len().div_ceil(READERS).max(1);
+            let read = |some: &[(Place, u32)]| some.iter().map(id).collect::<Vec<_>>();
+            let readers: Result<Vec<_>, Error> = rest
+                .chunks(share)
+                .map(|some| {
+                    let reader = std::thread::Builder::new().name("grace".into()).stack_size(STACK);
+                    reader.spawn_scoped(scope, move || read(some)).map_err(|e| Error::sys("start a thread", e))
+                })
+                .collect();
+            let panicked = || vec![Err(Error::sys("read the maps in force", io::Error::other("panic")))];
+            let rest = readers?.into_iter().flat_map(|reader| reader.join().unwrap_or_else(|_| panicked()));
+            first.into_iter().chain(rest).collect()
+        })
     }
 
     /// Where these maps are, as [`Self::inner_maps`] tells them; the generation is 0.
@@ -352,8 +399,8 @@ impl Datapath {
         }
         let wanted = wanted(tables, active.bits, &held.sum, None);
         let mut parts = Vec::new();
-        for (place, want) in Place::all(active.bits).zip(wanted) {
-            let part = match self.inner(place, active.slot)? {
+        for ((place, id), want) in Place::all(active.bits).zip(self.inner_maps(active)?).zip(wanted) {
+            let part = match opened(place, id)? {
                 Some(map) => {
                     // They should be: then this says that it cannot be done twice.
                     let _ = sys::map_freeze(map.as_fd());
@@ -373,8 +420,8 @@ impl Datapath {
     /// What the kernel holds of a generation, as tables (without the names, which it never sees).
     pub fn read_back(&self, of: Active) -> Result<Tables, Error> {
         let mut tables = Tables::default();
-        for place in Place::all(of.bits) {
-            let Some(map) = self.inner(place, of.slot)? else { continue };
+        for (place, id) in Place::all(of.bits).zip(self.inner_maps(of)?) {
+            let Some(map) = opened(place, id)? else { continue };
             let map = map.as_fd();
             match place.name() {
                 "CLASSES" => tables.classes = read_classes(place, map)?,
@@ -393,6 +440,14 @@ impl Datapath {
         }
         Ok(tables)
     }
+}
+
+/// The map with this number; `None` for 0.
+fn opened(place: Place, id: u32) -> Result<Option<OwnedFd>, Error> {
+    if id == 0 {
+        return Ok(None);
+    }
+    sys::map_by_id(id).map(Some).map_err(|e| Error::sys(format!("open a map of {}", place.name()), e))
 }
 
 /// The next generation number; 0 means "no policy" and is never used again.

@@ -260,10 +260,15 @@ pub fn outer_id(outer: BorrowedFd<'_>, slot: u32) -> io::Result<u32> {
 
 /// The inner map in a slot; `None` = empty.
 pub fn outer_get(outer: BorrowedFd<'_>, slot: u32) -> io::Result<Option<OwnedFd>> {
-    match map_lookup::<u32, u32>(outer, &slot)? {
-        Some(id) => Attr::new().u32(0, id).call_fd(BPF_MAP_GET_FD_BY_ID).map(Some),
-        None => Ok(None),
+    match outer_id(outer, slot)? {
+        0 => Ok(None),
+        id => map_by_id(id).map(Some),
     }
+}
+
+/// The map with this number.
+pub fn map_by_id(id: u32) -> io::Result<OwnedFd> {
+    Attr::new().u32(0, id).call_fd(BPF_MAP_GET_FD_BY_ID)
 }
 
 /// Pins an object.
