@@ -82,14 +82,15 @@ impl Core {
         self.set_flags()
     }
 
-    /// The end of that: TCP is left to gate conn where that stands and no rule has an end (which the kernel alone must
-    /// hold, and an open connection meets no other hook), and the hook is taken away where nothing else needs it. To be
+    /// The end of that: TCP is left to gate conn where that stands, no rule has an end and no connection drains (ends that the
+    /// kernel alone must hold, and an open connection meets no other hook), and the hook is taken away where nothing else needs it. To be
     /// called after a sweep: what was revoked has ended then.
     pub(super) fn settle_packets(&mut self, survey: &netns::Survey) {
         // A sweep that could not see or end everything leaves connections that nothing else refuses.
         let whole = self.last_sweep.is_some() && survey.skipped.is_empty() && !self.unseen;
         let swept = self.config.monitor || whole;
-        let by_conn = swept && self.has_conn() && self.in_force.as_ref().is_some_and(|f| f.deadlines.is_empty());
+        let endless = self.draining.is_empty() && self.in_force.as_ref().is_some_and(|f| f.deadlines.is_empty());
+        let by_conn = swept && self.has_conn() && endless;
         let done = if !by_conn {
             if self.tcp_by_conn || !self.ingress { self.judge_packets() } else { Ok(()) }
         } else {
