@@ -2,6 +2,7 @@
 
 use crate::Test;
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 use segfw::datapath::load::layout_dir;
 use segfw::datapath::sys;
 use segfw_common::state::PathKey;
@@ -11,7 +12,7 @@ use serde_json::Value;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What the issue allows.
 const FOUND: Duration = Duration::from_secs(10);
@@ -42,16 +43,23 @@ fn cgroup_id(scene: &Scene, path: &str) -> Result<u64> {
     Ok(std::fs::metadata(scene.world.managed().join(path))?.ino())
 }
 
-/// Does `harm`, shows with `harmed` that it is one, and waits until it is repaired and told under `what`.
+/// Does `harm`, shows with `harmed` that it is one, and waits until it is repaired and told under `what`. The agent is stopped
+/// meanwhile: it could be faster than the look, and the kernel takes a moment to let go of what was removed.
 fn repaired(
     scene: &mut Scene,
     what: &str,
     harm: impl FnOnce(&mut Scene) -> Result<()>,
-    harmed: impl FnOnce(&mut Scene) -> Result<bool>,
+    harmed: impl Fn(&mut Scene) -> Result<bool>,
 ) -> Result<()> {
     scene.as_the_policy_says()?;
+    scene.agent()?.signal(Signal::SIGSTOP)?;
     harm(scene)?;
-    ensure!(harmed(scene)?, "the harm had no effect, so its repair proves nothing");
+    let begun = Instant::now();
+    while !harmed(scene)? {
+        ensure!(begun.elapsed() < FOUND, "the harm had no effect, so its repair proves nothing");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    scene.agent()?.signal(Signal::SIGCONT)?;
     let took = scene.eventually(&format!("{what} is told"), FOUND, |scene| {
         let status = scene.agent()?.status()?;
         let repairs = status["repairs"].as_array().context("repairs in the status")?;
