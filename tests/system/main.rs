@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use segfw_tests::expected::Expected;
 use segfw_tests::table::{self, End, Options, Report, run, select};
 use segfw_tests::{binary, rows, world};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
@@ -93,6 +94,9 @@ fn main() -> Result<ExitCode> {
             println!("  {} {} [{}]: {}", report.id, report.row, report.group, report.note);
         }
     }
+    // Once each, as `expected` has it: the lines above were written before that.
+    let why: BTreeSet<&str> = reports.iter().filter(|r| r.end == End::Skipped).map(|r| r.note.as_str()).collect();
+    why.iter().for_each(|why| println!("skipped: {why}"));
     println!("results: {}", json.display());
     println!("{} passed, {failed} failed, {} skipped", total(End::Passed), total(End::Skipped));
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -83,8 +83,8 @@ impl Core {
     }
 
     /// The end of that: TCP is left to gate conn where that stands, no rule has an end and no connection drains (ends that the
-    /// kernel alone must hold, and an open connection meets no other hook), and the hook is taken away where nothing else needs it. To be
-    /// called after a sweep: what was revoked has ended then.
+    /// kernel alone must hold, and an open connection meets no other hook), and the hook is taken away where nothing else
+    /// needs it. To be called after a sweep: what was revoked has ended then.
     pub(super) fn settle_packets(&mut self, survey: &netns::Survey) {
         // A sweep that could not see or end everything leaves connections that nothing else refuses.
         let whole = self.last_sweep.is_some() && survey.skipped.is_empty() && !self.unseen;
