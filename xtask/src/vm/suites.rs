@@ -20,6 +20,8 @@ pub(crate) const PART: &str = "17/32";
 pub(crate) const ALL: &str = "0/1";
 /// Tests of the gates that every run of all tests has in its guests; `--kernels` runs all of them.
 const GATES: &str = "gate/conn-alone gate/families";
+/// What the part leaves out and only gate conn shows: connections that drain without an agent. The oldest guest has it too.
+const DRAINS: &str = "revoke-drain";
 /// Groups at a time in a guest of two processors: waiting is most of what they do.
 const JOBS: usize = 6;
 /// Programs through the verifier, gates, and the table under gate conn; a fourth is the table under gate skb.
@@ -84,10 +86,18 @@ pub(crate) fn test(names: &str, part: &str, write: bool) -> Result<()> {
         if both {
             tables = format!("{tables}; c=$?; {}", table("skb", " --same-as /run/vm/conn.json"));
         }
+        let drains = part == PART && kernel.name == oldest;
+        if drains {
+            let (tests, kernel) = (system_tests.display(), &kernel.name);
+            tables = format!(
+                "{tables}; d=$?; {tests} --expected tests/kernels.expected --kernel {kernel} --jobs {JOBS} --gate conn \
+                 --json /run/vm/drains.json {DRAINS}"
+            );
+        }
         let gates = if part == ALL { "gate/" } else { GATES };
         // All run, whatever the first ones say.
         let script = format!(
-            "export SEGFW_BIN={}/release/segfw; {} verifier; a=$?; {} {gates}; b=$?; {tables}; exit $((a+b+c+$?))",
+            "export SEGFW_BIN={}/release/segfw; {} verifier; a=$?; {} {gates}; b=$?; {tables}; exit $((a+b+c+d+$?))",
             target().display(),
             kernel_tests.display(),
             product_tests.display()
@@ -110,7 +120,7 @@ pub(crate) fn test(names: &str, part: &str, write: bool) -> Result<()> {
                 results.join(format!("{}-{gate}.json", kernel.name)),
             );
         }
-        if end == End::Lost || told.suites < SUITES + u32::from(both) {
+        if end == End::Lost || told.suites < SUITES + u32::from(both) + u32::from(drains) {
             lost.push(kernel.name.clone());
             told.failed += 1;
         }
