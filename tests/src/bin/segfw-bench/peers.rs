@@ -18,6 +18,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// What is in force during a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,6 +167,10 @@ impl Nets {
             ip(&["link", "set", SERVER_IF, "up"])?;
             // Floods come from made-up addresses; they are to reach the firewall.
             ip(&["route", "add", "default", "dev", SERVER_IF])?;
+            for (net, link) in [(&nets.client, CLIENT_IF), (&nets.server, SERVER_IF)] {
+                enter_net(net)?;
+                wait_for(link)?;
+            }
         }
         Ok(nets)
     }
@@ -176,6 +181,21 @@ impl Nets {
             Place::Loopback => vec![&self.server],
             Place::Veth => vec![&self.server, &self.client],
         }
+    }
+}
+
+/// Until the link forwards. The kernel activates it from a work queue, up to a second after `up` (net/core/link_watch.c); what
+/// is sent before is dropped.
+fn wait_for(link: &str) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let said = Command::new("ip").args(["-o", "link", "show", "dev", link]).output().context("starting ip")?.stdout;
+        let said = String::from_utf8_lossy(&said);
+        if said.contains("state UP") && !said.contains("qdisc noop ") {
+            return Ok(());
+        }
+        ensure!(begun.elapsed() < Duration::from_secs(10), "{link} does not come up: {said}");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
