@@ -93,7 +93,11 @@ impl Kind {
             Self::EmptySkb => "an empty cgroup_skb program at ingress: the least that such a hook costs",
             Self::Skb => "segfw, gate skb, every flow logged",
             Self::SkbQuiet => "segfw, gate skb, allowed flows not logged",
-            Self::SkbXdp => "segfw, gate skb, logged, with the outer wall (XDP) on the server's interface",
+            // drivers/net/veth.c, veth_xdp_set: no NETIF_F_GSO_SOFTWARE at the peer of an interface with a program.
+            Self::SkbXdp => {
+                "segfw, gate skb, logged, with the outer wall (XDP) on the server's interface; native XDP takes segmentation \
+                 offload from a veth pair, whatever the program does: see the stream"
+            }
             Self::Conn => "segfw, gate conn, every flow logged",
             Self::ConnQuiet => "segfw, gate conn, allowed flows not logged",
         }
